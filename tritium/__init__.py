@@ -1,0 +1,1 @@
+"""Tritium: an inference engine for hybrid language models (Gated DeltaNet + attention + MTP)."""

@@ -1,0 +1,67 @@
+"""Frozen user configuration: made once from flags or keyword arguments, never changed later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tritium.core.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine is told by its user. Names are vLLM's where it has one.
+
+    Raises `ConfigError`, naming the flag, for a value that cannot work on any machine; what does not fit *this*
+    machine is refused by the memory plan.
+    """
+
+    model: str = "tritium-dense"
+    """A directory, a hub name (owner/name), or an embedded model: tritium-dense, tritium-moe."""
+    revision: str | None = None
+    download_dir: str | None = None
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    """auto: the checkpoint's dtype on a GPU; float32 on a CPU (exact, and faster there than bfloat16)."""
+    device: str = "auto"
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; None: the checkpoint's limit, or what fits if that is less."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    """Tokens in a step: decode rows first, then prefill chunks in what is left."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the device's memory that the plan may use (on a CPU: of the memory that is available, at most)."""
+    kv_cache_memory_bytes: int | None = None
+    """Bytes of the KV pool; None: what is left, up to what max_num_seqs full contexts can use."""
+    num_gpu_blocks_override: int | None = None
+    """Pages of the KV pool, overriding both of the above (vLLM's name; here a page is 64 tokens)."""
+    enforce_eager: bool = False
+    """No captured graphs (there are none on a CPU, where this changes nothing)."""
+    load_format: str = "safetensors"
+    seed: int | None = None
+    """Seed from which requests without one draw theirs; None: from the operating system."""
+    num_threads: int | None = None
+    probe_drafts: bool = False
+    """Run the MTP head beside every step and report its guess, without using it (for `tritium eval`)."""
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype {self.dtype} is not supported", hint=f"one of {', '.join(DTYPES)}")
+        if self.load_format not in ("safetensors", "auto"):
+            raise ConfigError(f"--load-format {self.load_format} is not supported", hint="safetensors")
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"--gpu-memory-utilization must be within (0, 1], got {self.gpu_memory_utilization}")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field: max_num_seqs -> --max-num-seqs."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,51 @@
+"""Plain words of the engine: no torch, no I/O, no globals."""
+
+from tritium.core.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    RequestError,
+    TritiumError,
+)
+from tritium.core.sampling_params import SamplingParams
+from tritium.core.stages import (
+    PAGE_TOKENS,
+    Event,
+    FinishReason,
+    Request,
+    RowPlan,
+    RowResult,
+    Status,
+    StepPlan,
+    StepResult,
+    Timing,
+    TokenEvent,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
+
+__all__ = [
+    "PAGE_TOKENS",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineDeadError",
+    "Event",
+    "FinishReason",
+    "Request",
+    "RequestError",
+    "RowPlan",
+    "RowResult",
+    "SamplingParams",
+    "Status",
+    "StepPlan",
+    "StepResult",
+    "Timing",
+    "TokenEvent",
+    "TokenLogprob",
+    "ToolCall",
+    "TritiumError",
+    "Usage",
+]

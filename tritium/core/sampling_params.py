@@ -1,0 +1,102 @@
+"""What a request asks of the sampler, validated once at the door."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tritium.core.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_N = 128
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn and when a generation ends.
+
+    The order of the filters is: logit_bias and penalties on the logits, temperature, min_p, top_k, top_p; then
+    one seeded draw. `temperature` 0 takes the largest logit (ties: the lowest id). Raises `RequestError` naming
+    the field when a value is out of range, so that an instance is always valid.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all (-1 is accepted and means 0)."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    """None draws a fresh seed when the request is added; request i of `n` uses seed + i."""
+    logprobs: int | None = None
+    """None: none. k: log-probability of each sampled token and the k most likely beside it (0 <= k <= 20).
+    Taken from the model's raw distribution, before bias, penalties, temperature and filters."""
+    prompt_logprobs: int | None = None
+    max_tokens: int | None = None
+    """None: up to the model's context."""
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise RequestError(f"{name} must be a finite number, got {value!r}", param=name)
+        for name in ("top_k", "min_tokens", "n"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise RequestError(f"{name} must be an integer, got {getattr(self, name)!r}", param=name)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_k", self.top_k, 0, 2**31 - 1)
+        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        _within("n", self.n, 1, MAX_N)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _within(name, value, 0, MAX_LOGPROBS)
+        if self.max_tokens is not None:
+            _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            if self.min_tokens > self.max_tokens:
+                raise RequestError(
+                    f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})", param="min_tokens"
+                )
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise RequestError("seed must fit in 64 bits", param="seed")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings, got {len(self.stop)}", param="stop")
+        if any(not text for text in self.stop):
+            raise RequestError("a stop string must not be empty", param="stop")
+        for token, bias in self.logit_bias.items():
+            if not isinstance(bias, (int, float)) or not math.isfinite(bias) or not -100 <= bias <= 100:
+                raise RequestError(f"logit_bias of token {token} must be within [-100, 100]", param="logit_bias")
+
+    @property
+    def uses_penalties(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    def replace(self, **changes: object) -> SamplingParams:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise RequestError(f"{name} must be a number, got {value!r}", param=name)
+    if value > high or value < low or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name} must be within {bracket}{low:g}, {high:g}], got {value:g}", param=name)

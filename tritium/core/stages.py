@@ -1,0 +1,218 @@
+"""The stages a request passes: Request -> StepPlan -> (ForwardBatch) -> StepResult -> TokenEvent -> Event.
+
+Plain words only: integers, strings and floats, never a tensor. `ForwardBatch`, the plan as tensors, lives in `nn`.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from tritium.core.sampling_params import SamplingParams
+
+PAGE_TOKENS = 64
+"""Tokens in a KV page. Never depends on the size of the recurrent state."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a generation ended, in OpenAI's words where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence: its ids, what it asks, and how far it is computed. Owned by the scheduler once added."""
+
+    id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    """Resolved seed; the draw at a position depends on (seed, position) alone."""
+    eos_ids: frozenset[int] = frozenset()
+    max_total_tokens: int = 0
+    """Prompt plus output tokens at which the generation ends with LENGTH; set by the engine when it is added."""
+    priority: int = 0
+    """Smaller is served first; first come, first served within one priority."""
+    arrival: int = -1
+    """Order of arrival, set by the scheduler, kept over preemption."""
+    status: Status = Status.WAITING
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    """Tokens of prompt + output whose KV and recurrent state are in the pools."""
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    """The id that ended the generation, when one did."""
+    num_preemptions: int = 0
+    arrived_at: float = field(default_factory=time.monotonic)
+    first_token_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Tokens [start, stop) of prompt + output."""
+        n = len(self.prompt_ids)
+        if stop <= n:
+            return tuple(self.prompt_ids[start:stop])
+        if start >= n:
+            return tuple(self.output_ids[start - n : stop - n])
+        return tuple(self.prompt_ids[start:]) + tuple(self.output_ids[: stop - n])
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One request's share of a step: compute `ids` at positions start, start + 1, ..."""
+
+    request_id: str
+    ids: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    """Block table: page of tokens [64 i, 64 i + 64), covering at least start + len(ids) tokens."""
+    slot: int
+    samples: bool
+    """Whether the logits after the last of `ids` are sampled (false for all but the last chunk of a prompt)."""
+    sampling: SamplingParams
+    seed: int
+    eos_ids: frozenset[int] = frozenset()
+    """Ids the sampler must not pick before min_tokens."""
+    prompt_len: int = 0
+    history: tuple[int, ...] | None = None
+    """Prompt + output so far, only where penalties need it."""
+    next_ids: tuple[int, ...] = ()
+    """What follows `ids` when it is already known (prompt ids, or recomputed output), else empty: at most one id.
+    The MTP head reads it, and prompt log-probabilities are about it."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one forward pass computes. Decode rows come first, then prefill chunks."""
+
+    rows: tuple[RowPlan, ...]
+    preempted: tuple[str, ...] = ()
+    """Requests whose pages and slot were taken back while planning, for metrics and logs."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token and of the most likely ones at its position, best first."""
+
+    token: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What a step found out about one row. `token` is None where the row did not sample."""
+
+    request_id: str
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """About the prompt tokens that follow each of the row's ids (so the prompt's first token has none)."""
+    draft: int | None = None
+    """The MTP head's guess of the token after `token`, when drafts are probed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    rows: tuple[RowResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What the engine tells about one request after a step: ids only."""
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    drafts: tuple[int | None, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    timing: Timing | None = None
+    """Set with `finish_reason`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds, as seen by the engine."""
+
+    queued: float
+    """Arrival to first token (TTFT)."""
+    total: float
+    """Arrival to the end."""
+    output_tokens: int
+    preemptions: int
+
+    @property
+    def per_output_token(self) -> float | None:
+        """TPOT: seconds per token after the first; None with fewer than two tokens."""
+        return (self.total - self.queued) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call the model wrote, its arguments typed by the request's schema."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A piece of an answer as the caller sees it. Fields that a piece does not carry are empty.
+
+    `index` is the choice (0 .. n-1). The last event of a choice has `finish_reason`, `usage` and `timing`.
+    """
+
+    index: int = 0
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or token id that ended the text, when one did."""
+    usage: Usage | None = None
+    timing: Timing | None = None
+    error: str | None = None
