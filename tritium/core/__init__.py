@@ -11,6 +11,7 @@ from tritium.core.errors import (
 from tritium.core.sampling_params import SamplingParams
 from tritium.core.stages import (
     PAGE_TOKENS,
+    EngineStats,
     Event,
     FinishReason,
     Request,
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "EngineDeadError",
+    "EngineStats",
     "Event",
     "FinishReason",
     "Request",

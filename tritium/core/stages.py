@@ -216,3 +216,22 @@ class Event:
     usage: Usage | None = None
     timing: Timing | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine. Gauges first; from `preemptions` on, counters since the engine was made."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+    slots_used: int = 0
+    slots_total: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens of the requests that were admitted."""
+    generated_tokens: int = 0
+    steps: int = 0
+    draft_proposed: int = 0
+    draft_accepted: int = 0
