@@ -1,0 +1,68 @@
+# make help: what there is to do here. Every target sets up .venv by itself, once.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+PROBLEM := Mia has 14 apples. She buys 3 bags with 6 apples each and gives 9 apples to Tom. How many apples does Mia have now?
+
+.PHONY: help demo test check lint types layers size gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    ask the embedded model a word problem: its thinking, the answer, the speed"
+	@echo "make test    everything: make check, then the tests (WORKERS=$(WORKERS), PYTEST_ARGS=...)"
+	@echo "make check   lint, types, layers, size"
+	@echo "make gpu     the tests that need a GPU"
+	@echo "make clean   remove .venv and the caches"
+
+demo: .venv/.run
+	$(BIN)/tritium generate --chat --stats --temperature 0 "$(PROBLEM)"
+
+test: check
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 10 $(PYTEST_ARGS)
+
+check: lint types layers size
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+layers: .venv/.dev
+	$(BIN)/lint-imports
+
+size: .venv/.dev
+	$(BIN)/pytest tests/test_house.py -k "size"
+
+gpu: .venv/.dev
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: torch sees no GPU here")'
+	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
+
+# The stamps are newer than pyproject.toml when what it asks for is installed.
+.venv/.run: pyproject.toml | $(BIN)/pip
+	@echo "--- installing Tritium into .venv (a minute or so; the largest part is torch)"
+	$(BIN)/pip install -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml | $(BIN)/pip
+	@echo "--- installing Tritium and its tools into .venv (a minute or so; the largest part is torch)"
+	$(BIN)/pip install -e '.[dev]'
+	@touch .venv/.run $@
+
+$(BIN)/pip:
+ifeq ($(PYTHON),)
+	@echo "error: Tritium needs Python 3.11 to 3.14, and none was found on the PATH" >&2
+	@echo "hint: install one, or name it: make PYTHON=/path/to/python3.12" >&2
+	@exit 1
+else
+	@echo "--- creating .venv with $(PYTHON): $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "error: $(PYTHON) cannot create a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
+endif
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,157 @@
+"""The device that the engine runs on, described by what it can do.
+
+Importing this module touches no device; `probe` imports torch and asks.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tritium.core import ConfigError
+from tritium.hw.host import available_cores, host_memory
+
+_CPU_FEATURES = {
+    "dot_bf16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "dot_int8": {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"},
+}
+"""Feature: the flags in /proc/cpuinfo of which one suffices (x86 and Arm)."""
+
+_CUDA_FEATURES = {
+    "dot_fp16": (7, 0),
+    "dot_int8": (7, 5),
+    "dot_bf16": (8, 0),
+    "dot_fp8": (8, 9),
+    "dependent_launch": (9, 0),
+}
+"""Feature: the first compute capability that has it."""
+
+_HIP_FEATURES = {
+    "gfx90a": {"dot_fp16", "dot_bf16", "dot_int8"},
+    "gfx94": {"dot_fp16", "dot_bf16", "dot_int8", "dot_fp8"},
+    "gfx95": {"dot_fp16", "dot_bf16", "dot_int8", "dot_fp8"},
+    "gfx11": {"dot_fp16", "dot_bf16", "dot_int8"},
+    "gfx12": {"dot_fp16", "dot_bf16", "dot_int8", "dot_fp8"},
+}
+"""Prefix of the architecture: the matrix instructions it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One device. Memory in bytes; `cores` are threads on a CPU and multiprocessors on a GPU."""
+
+    kind: str
+    """cpu, cuda or hip."""
+    device: str
+    """What torch calls it: cpu, cuda:0 (also for hip)."""
+    name: str
+    arch: str
+    """sm_90, gfx1151, avx512, ..."""
+    cores: int
+    memory_total: int
+    memory_available: int
+    features: frozenset[str] = frozenset()
+    """dot_fp16, dot_bf16, dot_int8, dot_fp8 (matrix products of the type), unified_memory, dependent_launch."""
+    warp_size: int = 0
+    shared_memory_per_workgroup: int = 0
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind != "cpu"
+
+
+def probe(device: str = "auto") -> Target:
+    """Describes `device`: auto (a GPU if torch sees one), cpu, cuda or cuda:N (AMD GPUs included).
+
+    Raises `ConfigError` for a device that is not here, saying why when it can be known.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "hip") or (index and (kind in ("auto", "cpu") or not index.isdecimal())):
+        raise ConfigError(f"--device {device} is not supported", hint="auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return _probe_cpu()
+    import torch
+
+    if not torch.cuda.is_available():
+        if kind == "auto":
+            return _probe_cpu()
+        built = torch.version.cuda or torch.version.hip
+        raise ConfigError(
+            f"--device {device}: torch sees no GPU on this machine",
+            hint="check the driver (nvidia-smi, rocminfo), or use --device cpu"
+            if built
+            else f"torch {torch.__version__} is a CPU build: install one for your GPU, or use --device cpu",
+        )
+    number = int(index or 0)
+    if number >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0",
+            hint="choose another number, or --device auto",
+        )
+    return _probe_gpu(number)
+
+
+def _probe_cpu() -> Target:
+    import torch
+
+    total, available = host_memory()
+    name, flags = _cpu_identity()
+    return Target(
+        kind="cpu",
+        device="cpu",
+        name=name,
+        arch=torch.backends.cpu.get_cpu_capability().lower(),
+        cores=available_cores(),
+        memory_total=total,
+        memory_available=available,
+        features=frozenset(feature for feature, any_of in _CPU_FEATURES.items() if any_of & flags),
+    )
+
+
+def _cpu_identity() -> tuple[str, set[str]]:
+    """Name of the CPU and the instruction flags that Linux reports (none elsewhere)."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return name, flags
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            break
+    return name, flags
+
+
+def _probe_gpu(index: int) -> Target:
+    import torch
+
+    properties: Any = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    if torch.version.hip:
+        kind, arch = "hip", str(properties.gcnArchName).split(":")[0]
+        features = {f for prefix, has in _HIP_FEATURES.items() if arch.startswith(prefix) for f in has}
+    else:
+        capability = (properties.major, properties.minor)
+        kind, arch = "cuda", f"sm_{properties.major}{properties.minor}"
+        features = {feature for feature, since in _CUDA_FEATURES.items() if capability >= since}
+    if properties.is_integrated:
+        features.add("unified_memory")
+    return Target(
+        kind=kind,
+        device=f"cuda:{index}",
+        name=properties.name,
+        arch=arch,
+        cores=properties.multi_processor_count,
+        memory_total=total,
+        memory_available=free,
+        features=frozenset(features),
+        warp_size=properties.warp_size,
+        shared_memory_per_workgroup=getattr(
+            properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+        ),
+    )
