@@ -58,6 +58,8 @@ class Request:
     stop_token: int | None = None
     """The id that ended the generation, when one did."""
     num_preemptions: int = 0
+    num_prompt_logprobs: int = 0
+    """Prompt log-probabilities already told: a prompt that is computed again does not tell them again."""
     arrived_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None
     finished_at: float | None = None
@@ -91,7 +93,7 @@ class RowPlan:
     sampling: SamplingParams
     seed: int
     eos_ids: frozenset[int] = frozenset()
-    """Ids the sampler must not pick before min_tokens."""
+    """Ids the sampler must not pick in this step: those that end a generation while it is below min_tokens."""
     prompt_len: int = 0
     history: tuple[int, ...] | None = None
     """Prompt + output so far, only where penalties need it."""
@@ -130,7 +132,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What a step found out about one row. `token` is None where the row did not sample."""
+    """What a step found out about one row.
+
+    `token` is None where the row did not sample; from a row that should have, it means that its logits were not
+    finite, and the scheduler ends that request with ERROR.
+    """
 
     request_id: str
     token: int | None = None

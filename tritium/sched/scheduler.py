@@ -1,0 +1,352 @@
+"""Continuous batching with chunked prefill, under a token budget and two pools.
+
+Order. Requests are served by (priority, arrival), smaller first; "older" below means earlier in that order.
+Arrival is kept over preemption.
+
+A step. First one token of each running request that has one token left to compute (decode rows), then prefill
+chunks of running requests, then chunks of newly admitted ones, oldest first each, until `max_num_batched_tokens`
+are planned. When there are more decode rows than budget, they take turns. Chunks end on absolute multiples of 64
+wherever the budget reaches one, so that a prefill is cut the same way wherever it resumes.
+
+Admission. The oldest waiting request enters when it finds a slot, a place among max_num_seqs, and free pages for
+all tokens that it knows (prompt, and outputs if it was preempted); it takes them at once. Nobody overtakes it.
+Hence only decode rows ever ask for pages: one each 64 tokens.
+
+Preemption. A decode row that finds no free page takes from the youngest running request (which may be itself):
+pages and slot go back, nothing is computed any more, the outputs stay, and it waits at its old place in the
+order. No request enters in a step that preempted one. The oldest running request is therefore never preempted
+(alone, it fits: `add` checked), so it ends, and so does every other in turn: preemption cannot go round in
+circles. A request that preempted itself needs more pages than it gave back, so it does not return before another
+one gives some up.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tritium.cache import PagePool, SlotPool, pages_for
+from tritium.core import (
+    PAGE_TOKENS,
+    FinishReason,
+    Request,
+    RequestError,
+    RowPlan,
+    RowResult,
+    Status,
+    StepPlan,
+    StepResult,
+    Timing,
+    TokenEvent,
+)
+
+CHUNK_TOKENS = 64
+"""Prefill chunks are cut on absolute multiples of this."""
+
+_FIRST = (-(2**63), -1)
+"""Before every request in the order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_num_seqs: int
+    """Requests that run at once."""
+    max_num_batched_tokens: int
+    """Tokens in a step."""
+    max_model_len: int
+    """Prompt plus output tokens of a request."""
+
+
+class Scheduler:
+    """Owns the requests from `add` to their end, and gives what they hold back to the pools.
+
+    `plan` and `commit` alternate; `add` and `abort` may come at any time between two calls.
+    """
+
+    def __init__(self, limits: Limits, pages: PagePool, slots: SlotPool) -> None:
+        self.limits = limits
+        self.preemptions = 0
+        """Preemptions since the start, of all requests."""
+        self._pages = pages
+        self._slots = slots
+        self._requests: dict[str, Request] = {}
+        self._waiting: list[Request] = []  # sorted by _order, as is _running
+        self._running: list[Request] = []
+        self._arrivals = 0
+        self._turn = _FIRST  # the decode row served last when not all could be
+        self._tables: dict[str, tuple[int, ...]] = {}  # Request.pages as tuples, made once a page
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises RequestError, and keeps nothing of it, when it could never be served."""
+        if request.id in self._requests:
+            raise RequestError(f"request id {request.id!r} is in use", param="request_id", hint="choose another")
+        request.max_total_tokens = self._total_tokens(request)
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        request.status = Status.WAITING
+        self._requests[request.id] = request
+        insort(self._waiting, request, key=_order)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request at once, wherever it is; False when it is not here (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._finish(request, FinishReason.ABORT)
+        return True
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to do. Rows know all that the runner needs."""
+        preempted: list[str] = []
+        budget = self.limits.max_num_batched_tokens
+        # request -> how far this step computes it; decode rows come first because they are inserted first
+        stops = {request: request.num_tokens for request in self._decode_rows(budget, preempted)}
+        budget -= len(stops)
+        for request in self._running:
+            if budget and request not in stops and not _decodes(request):
+                stops[request] = _chunk_stop(request, budget)
+                budget -= stops[request] - request.num_computed
+        while budget and not preempted and (admitted := self._admit()):
+            stops[admitted] = _chunk_stop(admitted, budget)
+            budget -= stops[admitted] - admitted.num_computed
+        if not stops:
+            return None
+        return StepPlan(tuple(self._row(request, stop) for request, stop in stops.items()), tuple(preempted))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Takes in what a step computed. Rows of requests that left since `plan` are passed over.
+
+        An event for each request that has a token, prompt log-probabilities or an end to tell.
+        """
+        found = {row.request_id: row for row in result.rows}
+        events = []
+        for row in plan.rows:
+            request = self._requests.get(row.request_id)
+            if request is None or request.status is not Status.RUNNING:  # aborted; maybe its id came again
+                continue
+            event = self._commit_row(request, row, found[row.request_id])
+            if event is not None:
+                events.append(event)
+        return events
+
+    # ---- a request's life -------------------------------------------------------------------------------------
+
+    def _total_tokens(self, request: Request) -> int:
+        """Prompt plus output tokens at which the request ends; RequestError when they cannot be had."""
+        prompt, longest = len(request.prompt_ids), self.limits.max_model_len
+        if not prompt:
+            raise RequestError("the prompt is empty", param="prompt", hint="send at least one token")
+        if prompt + 1 > longest:
+            raise RequestError(
+                f"the prompt has {prompt} tokens, and with one to generate only {longest} fit",
+                param="prompt",
+                hint=f"send at most {longest - 1} tokens, or raise --max-model-len",
+            )
+        total = min(longest, request.max_total_tokens or longest)
+        if request.sampling.max_tokens is not None:
+            total = min(total, prompt + request.sampling.max_tokens)
+        # The last token is sampled but never computed, so it needs no place.
+        if pages_for(total - 1) > self._pages.num_total:
+            most = self._pages.num_total * PAGE_TOKENS + 1
+            raise RequestError(
+                f"prompt ({prompt}) plus output come to {total} tokens, but the KV pool holds {most} of a request",
+                param="max_tokens" if prompt < most else "prompt",
+                hint=f"ask for max_tokens of at most {most - prompt}, or raise --num-gpu-blocks-override"
+                if prompt < most
+                else "shorten the prompt, or raise --num-gpu-blocks-override",
+            )
+        return total
+
+    def _admit(self) -> Request | None:
+        """Moves the oldest waiting request to the running ones, if it fits; nobody overtakes it."""
+        if not self._waiting or len(self._running) >= self.limits.max_num_seqs or not self._slots.num_free:
+            return None
+        request = self._waiting[0]
+        if pages_for(request.num_tokens) > self._pages.num_free:
+            return None
+        del self._waiting[0]
+        request.pages = self._pages.allocate(pages_for(request.num_tokens))
+        request.slot = self._slots.allocate()
+        request.status = Status.RUNNING
+        insort(self._running, request, key=_order)
+        return request
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
+        request.status = Status.WAITING
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.preemptions += 1
+        insort(self._waiting, request, key=_order)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is Status.RUNNING:
+            self._release(request)
+        else:
+            _remove(self._waiting, request)
+        del self._requests[request.id]
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        request.finished_at = time.monotonic()
+
+    def _release(self, request: Request) -> None:
+        """Takes a running request off the device."""
+        _remove(self._running, request)
+        self._pages.release(request.pages)
+        assert request.slot is not None
+        self._slots.release(request.slot)
+        request.pages = []
+        request.slot = None
+        self._tables.pop(request.id, None)
+
+    # ---- planning ---------------------------------------------------------------------------------------------
+
+    def _decode_rows(self, budget: int, preempted: list[str]) -> Iterable[Request]:
+        """At most `budget` requests that have one token left to compute, each with a page for it."""
+        candidates = [request for request in self._running if _decodes(request)]
+        take_turns = len(candidates) > budget
+        if take_turns:
+            first = bisect_right(candidates, self._turn, key=_order)
+            candidates = candidates[first:] + candidates[:first]
+        chosen: dict[str, Request] = {}
+        for request in candidates:
+            if len(chosen) == budget:
+                break
+            if request.status is Status.RUNNING and self._grow(request, chosen, preempted):
+                chosen[request.id] = request
+                if take_turns:
+                    self._turn = _order(request)
+        return chosen.values()
+
+    def _grow(self, request: Request, chosen: dict[str, Request], preempted: list[str]) -> bool:
+        """A page for the request's last token, at the cost of the youngest; False when that is itself."""
+        if len(request.pages) >= pages_for(request.num_tokens):
+            return True
+        while not self._pages.num_free:
+            victim = self._running[-1]
+            self._preempt(victim)
+            preempted.append(victim.id)
+            chosen.pop(victim.id, None)
+            if victim is request:
+                return False
+        request.pages += self._pages.allocate(1)
+        return True
+
+    def _row(self, request: Request, stop: int) -> RowPlan:
+        sampling, prompt = request.sampling, len(request.prompt_ids)
+        samples = stop == request.num_tokens
+        masked: frozenset[int] = frozenset()
+        if samples and len(request.output_ids) < sampling.min_tokens:
+            masked = frozenset(sampling.stop_token_ids)
+            if not sampling.ignore_eos:
+                masked |= request.eos_ids
+        table = self._tables.get(request.id)
+        if table is None or len(table) != len(request.pages):
+            table = self._tables[request.id] = tuple(request.pages)
+        assert request.slot is not None
+        return RowPlan(
+            request_id=request.id,
+            ids=request.ids(request.num_computed, stop),
+            start=request.num_computed,
+            pages=table,
+            slot=request.slot,
+            samples=samples,
+            sampling=sampling,
+            seed=request.seed,
+            eos_ids=masked,
+            prompt_len=prompt,
+            history=request.ids(0, request.num_tokens) if samples and sampling.uses_penalties else None,
+            next_ids=() if samples else request.ids(stop, stop + 1),
+        )
+
+    # ---- committing -------------------------------------------------------------------------------------------
+
+    def _commit_row(self, request: Request, row: RowPlan, out: RowResult) -> TokenEvent | None:
+        request.num_computed = row.stop
+        # The row's i-th is the prompt's (start + i)-th; those before num_prompt_logprobs were told before.
+        prompt_logprobs = out.prompt_logprobs[max(0, request.num_prompt_logprobs - row.start) :]
+        request.num_prompt_logprobs += len(prompt_logprobs)
+        if not row.samples:
+            return TokenEvent(request.id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+        if out.token is None:
+            self._finish(request, FinishReason.ERROR)
+            return TokenEvent(
+                request.id,
+                prompt_logprobs=prompt_logprobs,
+                finish_reason=FinishReason.ERROR,
+                error="the model's logits are not finite",
+                timing=_timing(request),
+            )
+        request.output_ids.append(out.token)
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
+        reason = _ending(request, out.token)
+        if reason is FinishReason.STOP:
+            request.stop_token = out.token
+        if reason is not None:
+            self._finish(request, reason)
+        return TokenEvent(
+            request.id,
+            tokens=(out.token,),
+            logprobs=() if out.logprob is None else (out.logprob,),
+            prompt_logprobs=prompt_logprobs,
+            drafts=(out.draft,),
+            finish_reason=reason,
+            stop_token=request.stop_token,
+            timing=None if reason is None else _timing(request),
+        )
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
+
+
+def _remove(queue: list[Request], request: Request) -> None:
+    del queue[bisect_left(queue, _order(request), key=_order)]
+
+
+def _decodes(request: Request) -> bool:
+    return request.num_tokens - request.num_computed == 1
+
+
+def _chunk_stop(request: Request, budget: int) -> int:
+    """Where a chunk of at most `budget` tokens ends: at the end of what is known, else on the last boundary in
+    reach, else where the budget ends."""
+    stop = request.num_computed + budget
+    if stop >= request.num_tokens:
+        return request.num_tokens
+    boundary = stop - stop % CHUNK_TOKENS
+    return boundary if boundary > request.num_computed else stop
+
+
+def _ending(request: Request, token: int) -> FinishReason | None:
+    sampling = request.sampling
+    ends = token in sampling.stop_token_ids or (token in request.eos_ids and not sampling.ignore_eos)
+    if ends and len(request.output_ids) > sampling.min_tokens:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if request.num_tokens >= request.max_total_tokens else None
+
+
+def _timing(request: Request) -> Timing:
+    assert request.finished_at is not None
+    first = request.finished_at if request.first_token_at is None else request.first_token_at
+    return Timing(
+        queued=first - request.arrived_at,
+        total=request.finished_at - request.arrived_at,
+        output_tokens=len(request.output_ids),
+        preemptions=request.num_preemptions,
+    )
