@@ -68,7 +68,7 @@ def probe(device: str = "auto") -> Target:
     Raises `ConfigError` for a device that is not here, saying why when it can be known.
     """
     kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "hip") or (index and (kind in ("auto", "cpu") or not index.isdecimal())):
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise ConfigError(f"--device {device} is not supported", hint="auto, cpu, cuda or cuda:N")
     if kind == "cpu":
         return _probe_cpu()

@@ -1,0 +1,98 @@
+"""What a process may use: the machine's memory and cores, or less where a control group says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tritium.core import ConfigError
+from tritium.hw import probe
+from tritium.hw.host import available_cores, host_memory
+
+GIB = 1 << 30
+
+
+def machine(root: Path, files: dict[str, object]) -> Path:
+    meminfo = f"MemTotal: {16 * GIB // 1024} kB\nMemFree: {GIB // 1024} kB\nMemAvailable: {12 * GIB // 1024} kB\n"
+    for name, text in {"proc/meminfo": meminfo, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(text))
+    return root
+
+
+def test_without_a_control_group_it_is_the_machines(tmp_path: Path) -> None:
+    assert host_memory(machine(tmp_path, {})) == (16 * GIB, 12 * GIB)
+
+
+def test_version_2_the_tightest_group_above_the_process_counts(tmp_path: Path) -> None:
+    group = "sys/fs/cgroup/user"
+    root = machine(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/user/app\n",
+            f"{group}/app/memory.max": "max",
+            f"{group}/memory.max": 4 * GIB,
+            f"{group}/memory.current": 3 * GIB,
+            f"{group}/memory.stat": f"anon {GIB}\ninactive_file {2 * GIB}\n",
+            f"{group}/app/cpu.max": "100000 100000",
+        },
+    )
+    assert host_memory(root) == (4 * GIB, 3 * GIB)
+    assert available_cores(root) == 1
+
+
+def test_version_1_with_the_group_mounted_as_the_root_of_a_container(tmp_path: Path) -> None:
+    memory = "sys/fs/cgroup/memory"
+    root = machine(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:memory:/container/x\n2:cpu,cpuacct:/container/x\n",
+            f"{memory}/memory.limit_in_bytes": 2 * GIB,
+            f"{memory}/memory.usage_in_bytes": 3 * GIB,
+        },
+    )
+    assert host_memory(root) == (2 * GIB, 0)
+
+
+def test_version_1_without_a_limit(tmp_path: Path) -> None:
+    limit = {"sys/fs/cgroup/memory/memory.limit_in_bytes": (1 << 63) - 4096}
+    root = machine(tmp_path, {"proc/self/cgroup": "4:memory:/\n", **limit})
+    assert host_memory(root) == (16 * GIB, 12 * GIB)
+
+
+def test_a_cpu_is_always_there() -> None:
+    target = probe("cpu")
+    assert (target.kind, target.device) == ("cpu", "cpu")
+    assert 1 <= target.cores
+    assert 0 < target.memory_available <= target.memory_total
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:1", "", "cuda:"])
+def test_a_device_that_does_not_exist_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="not supported"):
+        probe(device)
+
+
+def test_a_gpu_that_is_not_here_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert probe("auto").kind == "cpu"
+    with pytest.raises(ConfigError, match="sees no GPU") as caught:
+        probe("cuda")
+    assert "--device cpu" in (caught.value.hint or "")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_described_by_what_it_can_do() -> None:
+    import torch
+
+    target = probe()
+    assert target.kind in ("cuda", "hip")
+    assert probe("cuda:0") == target or probe("cuda:0").memory_available != target.memory_available
+    assert target.memory_available <= target.memory_total
+    assert target.warp_size in (32, 64)
+    assert target.shared_memory_per_workgroup >= 32 << 10
+    assert target.cores == torch.cuda.get_device_properties(0).multi_processor_count
+    with pytest.raises(ConfigError, match="numbered from 0"):
+        probe(f"cuda:{torch.cuda.device_count()}")

@@ -1,0 +1,275 @@
+"""How the device's memory is divided, computed before anything is loaded.
+
+    budget = weights + workspace + state slots + KV pages (+ what is left unused)
+
+Every part is a formula over the model's shapes, stated at its function. What cannot fit is refused with the
+numbers and the flag to change; nothing is discovered by running out of memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tritium.config import EngineConfig, flag
+from tritium.core import PAGE_TOKENS, CapacityError, ConfigError
+from tritium.hw import Target
+from tritium.models.config import ModelConfig
+from tritium.models.parameters import ITEM_BYTES, weight_bytes
+
+_FLOAT32 = 4
+_CHUNK = 64
+"""Tokens of a chunk in the chunked form of GDN prefill."""
+_CPU_KV_BYTES = 4 << 30
+"""Bytes of KV that a CPU takes without being asked: its memory is shared with everything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What is allocated: bytes, pages, slots. Page 0 and slot 0, for padding, come on top of those counted."""
+
+    dtype: str
+    """Compute dtype of matrices, activations, KV and convolution inputs."""
+    device: str
+    """Name of the device, for the table."""
+    budget: int
+    weights: int
+    workspace: int
+    bytes_per_page: int
+    num_pages: int
+    bytes_per_slot: int
+    num_slots: int
+    max_model_len: int
+    notes: tuple[str, ...] = ()
+    """What was decided for the user, one sentence each."""
+
+    @property
+    def kv_bytes(self) -> int:
+        return (self.num_pages + 1) * self.bytes_per_page
+
+    @property
+    def state_bytes(self) -> int:
+        return (self.num_slots + 1) * self.bytes_per_slot
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.workspace + self.state_bytes + self.kv_bytes
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of all running requests together."""
+        return self.num_pages * PAGE_TOKENS
+
+    @property
+    def full_length_requests(self) -> int:
+        """Requests of max_model_len tokens that run at once."""
+        return min(self.num_slots, self.num_pages // pages_for(self.max_model_len))
+
+    def table(self) -> str:
+        """The plan as aligned lines for a terminal."""
+        page = f"{self.num_pages:,} pages of {PAGE_TOKENS} tokens, {size(self.bytes_per_page)} each"
+        rows = [
+            ("weights", self.weights, self.dtype),
+            ("state", self.state_bytes, f"{self.num_slots:,} slots, {size(self.bytes_per_slot)} each"),
+            ("KV", self.kv_bytes, page),
+            ("workspace", self.workspace, "activations and logits of one step, at most"),
+            ("total", self.total, f"of {size(self.budget)} that may be used on {self.device}"),
+        ]
+        lines = [f"  {name:<10}{size(value):>11}  {what}" for name, value, what in rows]
+        fits = f"{self.full_length_requests:,} of full length at once, {self.max_tokens:,} tokens in all"
+        lines.append(f"  requests up to {self.max_model_len:,} tokens: {fits}")
+        return "\n".join(["memory plan", *lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> MemoryPlan:
+    """Divides the memory of `target` for `config` as `engine` asks.
+
+    Slots come first (max_num_seqs, since every running request holds one), then KV pages from what is left: as
+    many as the user names, or as max_num_seqs requests of max_model_len need, on a CPU 4 GiB at most.
+    Raises `ConfigError` for limits that contradict the checkpoint or each other, `CapacityError` for what does not
+    fit, each with the flag to change.
+    """
+    _check_limits(config, engine)
+    dtype = compute_dtype(config, engine, target)
+    width = ITEM_BYTES[dtype]
+    budget = _budget(engine, target)
+    weights = weight_bytes(config, dtype)
+    activations = activation_bytes(config, engine.max_num_batched_tokens, width)
+    workspace = activations + engine.max_num_seqs * logits_bytes(config)
+    per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width)
+    state = (engine.max_num_seqs + 1) * per_slot
+
+    if weights + workspace > budget:
+        raise CapacityError(
+            f"the model does not fit: {size(weights)} of {dtype} weights and {size(workspace)} of workspace, "
+            f"{size(budget)} may be used on {target.name}",
+            hint=f"{_more_memory(target)}, or {_smaller(weights <= budget, dtype)}",
+        )
+    left = budget - weights - workspace - state
+    if left < 2 * per_page:  # page 0 and one to use
+        per_request = per_slot + logits_bytes(config)
+        fit = (budget - weights - activations - 2 * per_page - per_slot) // per_request
+        raise CapacityError(
+            f"{engine.max_num_seqs} requests need {size(state)} of state, and {size(left + state)} are left "
+            f"beside the weights ({size(weights)}) and the workspace ({size(workspace)})",
+            hint=(f"--max-num-seqs {fit} at most, or " if fit >= 1 else "") + _more_memory(target),
+        )
+
+    asked_len = engine.max_model_len or config.max_position
+    pages, why = _pages(engine, target, left, per_page, asked_len)
+    max_model_len, notes = asked_len, []
+    if pages * PAGE_TOKENS < asked_len:
+        if engine.max_model_len is not None:
+            raise CapacityError(
+                f"one request of {asked_len:,} tokens needs {size(pages_for(asked_len) * per_page)} of KV "
+                f"({pages_for(asked_len):,} pages); {pages:,} pages fit ({why})",
+                hint=f"--max-model-len {pages * PAGE_TOKENS} at most, or {_more_pages(engine, target)}",
+            )
+        max_model_len = pages * PAGE_TOKENS
+        notes.append(f"max_model_len lowered from {asked_len:,} (the checkpoint's) to {max_model_len:,}: {why}")
+    return MemoryPlan(
+        dtype=dtype,
+        device=target.name,
+        budget=budget,
+        weights=weights,
+        workspace=workspace,
+        bytes_per_page=per_page,
+        num_pages=pages,
+        bytes_per_slot=per_slot,
+        num_slots=engine.max_num_seqs,
+        max_model_len=max_model_len,
+        notes=tuple(notes),
+    )
+
+
+def compute_dtype(config: ModelConfig, engine: EngineConfig, target: Target) -> str:
+    """The dtype asked for; auto is the checkpoint's on a GPU and float32 on a CPU."""
+    if engine.dtype != "auto":
+        return engine.dtype
+    return config.dtype if target.is_gpu else "float32"
+
+
+def bytes_per_page(config: ModelConfig, width: int) -> int:
+    """Keys and values of 64 tokens in every attention layer, MTP's included; `width` bytes an element."""
+    layers = len(config.attention_layers) + config.mtp_layers
+    return 2 * PAGE_TOKENS * config.num_kv_heads * config.head_dim * width * layers
+
+
+def bytes_per_slot(config: ModelConfig, width: int) -> int:
+    """Per GDN layer: nv dk dv float32 of recurrent state, and cw - 1 convolution inputs of C channels."""
+    recurrent = config.gdn_value_heads * config.gdn_key_dim * config.gdn_value_dim * _FLOAT32
+    convolution = (config.conv_width - 1) * config.conv_channels * width
+    return (recurrent + convolution) * len(config.gdn_layers)
+
+
+def activation_bytes(config: ModelConfig, tokens: int, width: int) -> int:
+    """What a step of T tokens needs beside weights and pools: its stream and its largest layer, at w bytes each.
+
+    stream     3 T H w                       the residual, its norm, the layer's output
+    GDN        T (C + nv dv) w               projections
+               + 4 T (2 C + nv (2 dk + 3 dv) + 4 nv 64)    float32: convolution in and out; q, k, v, corrected
+                                             v and output per value head; four matrices over a chunk of 64
+    attention  T (2 nq + 2 nkv) d w + 4 T 3 nq d           projections; float32 q, accumulator, output
+    MLP        3 T I w, or T (3 (K Im + Is) w + 4 (K H + E)) with experts
+    """
+    channels, dim, heads = config.conv_channels, config.head_dim, config.gdn_value_heads
+    values = heads * config.gdn_value_dim
+    float32 = 2 * channels + 2 * heads * config.gdn_key_dim + 3 * values + 4 * heads * _CHUNK
+    gdn = (channels + values) * width + _FLOAT32 * float32
+    attention = 2 * (config.num_heads + config.num_kv_heads) * dim * width + _FLOAT32 * 3 * config.num_heads * dim
+    mlp = 3 * config.intermediate_size * width
+    if moe := config.moe:
+        inner = moe.experts_per_token * moe.intermediate_size + moe.shared_intermediate_size
+        mlp = 3 * inner * width + _FLOAT32 * (moe.experts_per_token * config.hidden_size + moe.num_experts)
+    return tokens * (3 * config.hidden_size * width + max(gdn, attention, mlp))
+
+
+def logits_bytes(config: ModelConfig) -> int:
+    """Of one row that samples: float32 logits and probabilities, and the sorted logits with their int64 ids."""
+    return config.vocab_size * (3 * _FLOAT32 + 8)
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def size(count: int) -> str:
+    """Bytes in words: 1536 -> 1.5 KiB."""
+    value, units = float(count), ("B", "KiB", "MiB", "GiB", "TiB")
+    for unit in units:
+        if abs(value) < 1024 or unit == units[-1]:
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.3g} {unit}"
+
+
+def _check_limits(config: ModelConfig, engine: EngineConfig) -> None:
+    if engine.max_model_len is not None and engine.max_model_len > config.max_position:
+        raise ConfigError(
+            f"--max-model-len {engine.max_model_len} is above the checkpoint's limit of {config.max_position}",
+            hint=f"--max-model-len {config.max_position} at most",
+        )
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens {engine.max_num_batched_tokens} is less than --max-num-seqs "
+            f"{engine.max_num_seqs}: a step computes one token of every running request",
+            hint=f"--max-num-batched-tokens {engine.max_num_seqs} at least, or a smaller --max-num-seqs",
+        )
+
+
+def _budget(engine: EngineConfig, target: Target) -> int:
+    """Bytes the plan may use: a share of all memory on a GPU, of free memory on a CPU; never more than is free."""
+    base = target.memory_total if target.is_gpu else target.memory_available
+    return min(int(base * engine.gpu_memory_utilization), target.memory_available)
+
+
+def _pages(engine: EngineConfig, target: Target, left: int, per_page: int, asked_len: int) -> tuple[int, str]:
+    """Pages of the pool besides page 0, and what limited them, in words."""
+    wanted = engine.max_num_seqs * pages_for(asked_len)
+    if per_page == 0:  # no attention layer: pages cost nothing
+        return engine.num_gpu_blocks_override or wanted, "no attention layer"
+    fit = left // per_page - 1
+    named, by_user = None, ""
+    if engine.num_gpu_blocks_override is not None:
+        named = engine.num_gpu_blocks_override
+        by_user = f"{flag('num_gpu_blocks_override')} {named}"
+    elif engine.kv_cache_memory_bytes is not None:
+        named = engine.kv_cache_memory_bytes // per_page - 1
+        by_user = f"{flag('kv_cache_memory_bytes')} {engine.kv_cache_memory_bytes}"
+    if named is not None:
+        if named < 1:
+            raise CapacityError(
+                f"{by_user} holds no page of KV", hint=f"at least {2 * per_page}: page 0 and one to use"
+            )
+        if named > fit:
+            raise CapacityError(
+                f"{by_user} asks for {size((named + 1) * per_page)} of KV, and {size(left)} are left",
+                hint=f"{fit} pages ({(fit + 1) * per_page} bytes) at most, or {_more_memory(target)}",
+            )
+        return named, by_user
+    if not target.is_gpu:
+        least = pages_for(engine.max_model_len) if engine.max_model_len else 1  # one request that was asked for
+        capped = max(least, _CPU_KV_BYTES // per_page - 1)
+        if capped < min(wanted, fit):
+            note = f"a CPU takes {size(_CPU_KV_BYTES)} of KV unless {flag('kv_cache_memory_bytes')} is given"
+            return capped, note
+    return min(wanted, fit), f"{size(left)} are left for KV"
+
+
+def _more_memory(target: Target) -> str:
+    share = f"a larger {flag('gpu_memory_utilization')}"
+    return share if target.is_gpu else f"{share}, more free memory"
+
+
+def _smaller(weights_fit: bool, dtype: str) -> str:
+    if weights_fit:
+        return f"a smaller {flag('max_num_batched_tokens')} or {flag('max_num_seqs')}"
+    return "--dtype bfloat16 or a smaller model" if dtype == "float32" else "a smaller model"
+
+
+def _more_pages(engine: EngineConfig, target: Target) -> str:
+    if engine.num_gpu_blocks_override is not None:
+        return f"a larger {flag('num_gpu_blocks_override')}"
+    if engine.kv_cache_memory_bytes is not None:
+        return f"a larger {flag('kv_cache_memory_bytes')}"
+    return f"{_more_memory(target)}, a smaller {flag('max_num_seqs')}"
