@@ -1,0 +1,1 @@
+"""Layers over ops. A layer holds its parameters and nothing else; caches come with the call."""

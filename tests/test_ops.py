@@ -1,0 +1,232 @@
+"""Every op against float64 and against a statement of its mathematics that shares no code with it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import tritium.ops
+from tritium.ops.attention import paged_attention
+from tritium.ops.attention_inputs import attention_inputs
+from tritium.ops.conv import causal_conv
+from tritium.ops.gdn import gdn
+from tritium.ops.linear import linear
+from tritium.ops.mlp import silu_mul
+from tritium.ops.moe import experts, router_top_k
+from tritium.ops.norm import gated_rms_norm, rms_norm
+from tritium.ops.spans import Spans
+from tritium.ops.spec import Op
+
+CPU = torch.device("cpu")
+
+
+def all_ops() -> list[Op]:
+    modules = [importlib.import_module(f"tritium.ops.{m.name}") for m in pkgutil.iter_modules(tritium.ops.__path__)]
+    ops = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, Op)}
+    return sorted(ops.values(), key=lambda op: op.spec.name)
+
+
+CASES = [
+    pytest.param(op, dims, id=f"{op.spec.name}-{'-'.join(f'{k}{v}' for k, v in dims.items())}")
+    for op in all_ops()
+    for dims in op.spec.cases
+]
+
+
+def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
+    assert torch.isfinite(x).all()
+    return float((x.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30))
+
+
+def run(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    arguments = op.spec.inputs(dims, dtype, torch.Generator().manual_seed(seed))
+    return op.spec.results(arguments, op(**arguments))
+
+
+@pytest.mark.parametrize(("op", "dims"), CASES)
+def test_float32_is_close_to_float64_and_half_precisions_to_their_rounding(op: Op, dims: dict[str, int], seed: int) -> None:
+    truth = run(op, dims, torch.float64, seed)
+    for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+        if dtype in op.spec.dtypes:
+            got = run(op, dims, dtype, seed)
+            assert got.keys() == truth.keys()
+            for name, value in got.items():
+                assert relative(value, truth[name]) < bound, (name, dtype)
+
+
+@pytest.mark.parametrize(("op", "dims"), CASES)
+def test_a_call_states_its_bytes_and_flops(op: Op, dims: dict[str, int]) -> None:
+    assert op.spec.bytes_moved(dims, 2) > 0
+    assert op.spec.bytes_moved(dims, 4) > op.spec.bytes_moved(dims, 2)
+    assert op.spec.flops(dims) > 0
+
+
+def test_every_op_is_in_the_list() -> None:
+    assert len(all_ops()) >= 10
+
+
+# --- the mathematics, stated once more -------------------------------------------------------------------------
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_norms(seed: int) -> None:
+    x, w, z = draw(seed, 5, 24), draw(seed + 1, 24), draw(seed + 2, 5, 24)
+    unit = x / (x.pow(2).sum(-1, keepdim=True) / 24 + 1e-6).sqrt()
+    torch.testing.assert_close(rms_norm(x_MD=x, w_D=w, eps=1e-6), unit * (1 + w))
+    torch.testing.assert_close(
+        gated_rms_norm(x_MD=x, z_MD=z, w_D=w, eps=1e-6), unit * w * torch.nn.functional.silu(z)
+    )
+
+
+def test_silu_mul(seed: int) -> None:
+    x = draw(seed, 7, 18)
+    torch.testing.assert_close(silu_mul(x_TJ=x), torch.nn.functional.silu(x[:, :9]) * x[:, 9:])
+
+
+def test_causal_convolution_is_torchs_conv1d_over_the_whole_sequence(seed: int) -> None:
+    x, w = draw(seed, 30, 6), draw(seed + 1, 6, 4)
+    whole = torch.nn.functional.conv1d(torch.nn.functional.pad(x.t()[None], (3, 0)), w[:, None], groups=6)[0].t()
+    state = torch.full((3, 3, 6), float("nan"), dtype=torch.float64)
+    parts = []
+    for start, stop in ((0, 1), (1, 3), (3, 20), (20, 21), (21, 30)):
+        spans = Spans((stop - start,), (start,), (2,), ((1,),), CPU)
+        parts.append(causal_conv(x_TC=x[start:stop], w_CW=w, state=state, spans=spans))
+    torch.testing.assert_close(torch.cat(parts), torch.nn.functional.silu(whole))
+    torch.testing.assert_close(state[2], x[-3:])
+    assert state[:2].isnan().all(), "only the row's own slot is written"
+
+
+def test_gdn_is_the_delta_rule_token_by_token(seed: int) -> None:
+    tokens, nk, nv, dk, dv = 12, 2, 4, 8, 6
+    qkv, a, b = draw(seed, tokens, 2 * nk * dk + nv * dv), draw(seed + 1, tokens, nv), draw(seed + 2, tokens, nv)
+    a_log, bias = draw(seed + 3, nv), draw(seed + 4, nv)
+    state = torch.full((2, nv, dk, dv), float("nan"), dtype=torch.float64)
+    got = gdn(
+        qkv_TC=qkv, a_TN=a, b_TN=b, A_log_N=a_log, dt_bias_N=bias, state=state,
+        spans=Spans((tokens,), (0,), (1,), ((1,),), CPU), key_heads=nk,
+    )  # fmt: skip
+    for h in range(nv):
+        s, group = torch.zeros(dk, dv, dtype=torch.float64), h // (nv // nk)
+        for t in range(tokens):
+            q = qkv[t, group * dk : (group + 1) * dk]
+            k = qkv[t, (nk + group) * dk : (nk + group + 1) * dk]
+            v = qkv[t, 2 * nk * dk + h * dv : 2 * nk * dk + (h + 1) * dv]
+            q, k = (x / (x @ x + 1e-6).sqrt() for x in (q, k))
+            g = -a_log[h].exp() * torch.nn.functional.softplus(a[t, h] + bias[h])
+            s = g.exp() * s
+            s = s + torch.outer(k, torch.sigmoid(b[t, h]) * (v - s.t() @ k))
+            torch.testing.assert_close(got[t, h], s.t() @ q / dk**0.5)
+        torch.testing.assert_close(state[1, h], s)
+
+
+def test_attention_is_torchs_scaled_dot_product_over_gathered_pages(seed: int) -> None:
+    heads, groups, dim, total = 6, 2, 16, 150
+    k, v, q, gate = (draw(seed + i, total, n, dim) for i, n in enumerate((groups, groups, heads, heads)))
+    pages = (4, 1, 3)
+    k_pages, v_pages = (torch.full((6, groups, 64, dim), float("inf"), dtype=torch.float64) for _ in range(2))
+    for t in range(total):
+        k_pages[pages[t // 64], :, t % 64], v_pages[pages[t // 64], :, t % 64] = k[t], v[t]
+    o = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=True, enable_gqa=True
+    )[0].transpose(0, 1) * torch.sigmoid(gate)
+    for start, stop in ((0, total), (0, 1), (63, 64), (64, 65), (100, 150)):
+        got = paged_attention(
+            q_TND=q[start:stop], gate_TND=gate[start:stop], k_pages=k_pages, v_pages=v_pages,
+            spans=Spans((stop - start,), (start,), (1,), (pages,), CPU),
+        )  # fmt: skip
+        torch.testing.assert_close(got, o[start:stop])
+
+
+def test_attention_inputs_turn_norm_and_write(seed: int) -> None:
+    heads, groups, dim, half, position = 2, 1, 12, 3, 70
+    x, qw, kw = draw(seed, 1, 2 * heads * dim + 2 * groups * dim), draw(seed + 1, dim), draw(seed + 2, dim)
+    angle = torch.outer(torch.arange(100, dtype=torch.float64), torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64))
+    k_pages, v_pages = (torch.zeros(4, groups, 64, dim, dtype=torch.float64) for _ in range(2))
+    q, gate = attention_inputs(
+        x_TE=x, q_norm_D=qw, k_norm_D=kw, eps=1e-6, table_LF2=torch.stack([angle.cos(), angle.sin()], -1),
+        k_pages=k_pages, v_pages=v_pages, spans=Spans((1,), (position,), (1,), ((3, 2),), CPU),
+    )  # fmt: skip
+
+    def expected(y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = y / (y.pow(2).mean() + 1e-6).sqrt() * (1 + w)
+        turned = torch.complex(y[:half], y[half : 2 * half]) * torch.polar(torch.ones(half).double(), angle[position])
+        return torch.cat([turned.real, turned.imag, y[2 * half :]])
+
+    for head in range(heads):
+        torch.testing.assert_close(q[0, head], expected(x[0, 2 * head * dim : (2 * head + 1) * dim], qw))
+        torch.testing.assert_close(gate[0, head], x[0, (2 * head + 1) * dim : (2 * head + 2) * dim])
+    torch.testing.assert_close(k_pages[2, 0, 6], expected(x[0, 4 * dim : 5 * dim], kw))
+    torch.testing.assert_close(v_pages[2, 0, 6], x[0, 5 * dim :])
+    assert k_pages.count_nonzero() == dim, "one key is written, no other"
+
+
+def test_experts_are_a_loop_over_tokens(seed: int) -> None:
+    tokens, e, k, h, i = 9, 5, 3, 8, 6
+    x, gate_up, down, logits = draw(seed, tokens, h), draw(seed + 1, e, 2 * i, h), draw(seed + 2, e, h, i), draw(seed + 3, tokens, e)
+    expert, weight = router_top_k(logits_TE=logits, k=k)
+    y = experts(x_TH=x, expert_TK=expert, weight_TK=weight, gate_up_EJH=gate_up, down_EHI=down)
+    for t in range(tokens):
+        p = torch.softmax(logits[t], -1)
+        best = sorted(range(e), key=lambda j: -p[j])[:k]
+        assert expert[t].tolist() == best
+        want = sum(
+            p[j] / p[best].sum() * (down[j] @ (torch.nn.functional.silu(gate_up[j, :i] @ x[t]) * (gate_up[j, i:] @ x[t])))
+            for j in best
+        )
+        torch.testing.assert_close(y[t], want)
+
+
+def test_router_ties_go_to_the_lower_expert() -> None:
+    expert, weight = router_top_k(logits_TE=torch.zeros(1, 6), k=2)
+    assert expert.tolist() == [[0, 1]]
+    assert weight.tolist() == [[0.5, 0.5]]
+
+
+# --- what shares a step never changes a row ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_rows_do_not_depend_on_their_number(seed: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(seed)
+        for n, k in ((64, 64), (77, 100), (768, 256), (256, 512), (3584, 1024)):
+            x, w = torch.randn(130, k, generator=generator), torch.randn(n, k, generator=generator)
+            whole = linear(x_MK=x, w_NK=w)
+            for rows in (1, 2, 3, 5, 7, 8, 9, 31, 64, 65, 129):
+                assert torch.equal(linear(x_MK=x[1 : 1 + rows], w_NK=w), whole[1 : 1 + rows]), (n, k, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_poison_in_unused_memory_reaches_nobody(seed: int) -> None:
+    """A row reads its own pages up to its own position, and its own slot unless it is fresh."""
+    for op in (paged_attention, gdn, causal_conv):
+        for dims in op.spec.cases:
+            clean = op.spec.inputs(dims, torch.float32, torch.Generator().manual_seed(seed))
+            dirty = copy.deepcopy(clean)
+            spans = dirty["spans"]
+            for name in ("state", "k_pages", "v_pages"):
+                if name not in dirty:
+                    continue
+                used = torch.zeros(dirty[name].shape[0], 64, dtype=torch.bool)
+                for row in range(spans.num_rows):
+                    if name == "state":
+                        used[spans.slots[row]] = spans.contexts[row] > 0
+                    else:
+                        for t in range(spans.contexts[row] + spans.lengths[row]):
+                            used[spans.pages[row][t // 64], t % 64] = True
+                if name == "state":
+                    dirty[name][~used[:, 0]] = float("nan")
+                else:
+                    dirty[name].transpose(1, 2)[~used] = float("nan")
+            want, got = op(**clean), op(**dirty)
+            assert torch.equal(want, got), op.spec.name

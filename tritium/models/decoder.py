@@ -1,0 +1,143 @@
+"""The network: one decoder for dense and mixture-of-experts checkpoints, and the MTP head beside it.
+
+Shapes: T tokens, S sampled tokens, H hidden, V vocabulary, L positions, F rotary frequencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from tritium.models.config import FULL, ModelConfig
+from tritium.models.rope import inverse_frequencies
+from tritium.nn.batch import AttentionCache, ForwardBatch, GdnCache, LayerCache, Parameters
+from tritium.nn.mixers import Attention, GatedDeltaNet
+from tritium.nn.mlps import Mlp, SparseMoe
+from tritium.ops.linear import linear
+from tritium.ops.norm import rms_norm
+from tritium.ops.spans import Spans
+
+
+class Layer:
+    """x + mixer(norm(x)), then + mlp(norm(·))."""
+
+    def __init__(
+        self, parameters: Parameters, prefix: str, config: ModelConfig, kind: str, rope_table_LF2: torch.Tensor
+    ) -> None:
+        self.input_norm = parameters[f"{prefix}.input_norm.weight"]
+        self.post_norm = parameters[f"{prefix}.post_norm.weight"]
+        self.eps = config.rms_eps
+        self.mixer: Attention | GatedDeltaNet
+        if kind == FULL:
+            self.mixer = Attention(parameters, f"{prefix}.attn", rope_table_LF2=rope_table_LF2, eps=self.eps)
+        else:
+            self.mixer = GatedDeltaNet(parameters, f"{prefix}.gdn", key_heads=config.gdn_key_heads, eps=self.eps)
+        self.mlp: Mlp | SparseMoe
+        if config.moe is None:
+            self.mlp = Mlp(parameters[f"{prefix}.mlp.gate_up.weight"], parameters[f"{prefix}.mlp.down.weight"])
+        else:
+            self.mlp = SparseMoe(parameters, f"{prefix}.moe", config.moe.experts_per_token)
+
+    def __call__(self, x_TH: torch.Tensor, spans: Spans, cache: LayerCache) -> torch.Tensor:
+        x_TH = x_TH + self.mixer(rms_norm(x_MD=x_TH, w_D=self.input_norm, eps=self.eps), spans, cache)  # type: ignore[arg-type]
+        return x_TH + self.mlp(rms_norm(x_MD=x_TH, w_D=self.post_norm, eps=self.eps))
+
+
+class Decoder:
+    """Token ids to hidden states and logits. Sees caches only as per-layer views that the caller brings."""
+
+    def __init__(self, parameters: Parameters, config: ModelConfig, max_positions: int) -> None:
+        self.config = config
+        self.embed = parameters["embed.weight"]
+        self.lm_head = self.embed if config.tied_embeddings else parameters["lm_head.weight"]
+        self.norm = parameters["norm.weight"]
+        self.device = self.embed.device
+        self.dtype = self.embed.dtype
+        # The MTP head reads position p + 1 at position p.
+        table_LF2 = rope_table(config, max_positions + 1, self.device)
+        self.layers = [
+            Layer(parameters, f"layers.{i}", config, kind, table_LF2) for i, kind in enumerate(config.layer_types)
+        ]
+        self.mtp = MtpHead(parameters, config, table_LF2) if config.mtp_layers else None
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
+        """Hidden states after the final norm, [T, H]. `caches` has one entry a layer."""
+        x_TH = functional.embedding(batch.ids_T, self.embed)
+        for layer, cache in zip(self.layers, caches):
+            x_TH = layer(x_TH, batch.spans, cache)
+        return rms_norm(x_MD=x_TH, w_D=self.norm, eps=self.config.rms_eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
+        """[S, V] float32."""
+        return linear(x_MK=hidden_SH, w_NK=self.lm_head).float()
+
+    @torch.inference_mode()
+    def draft_hidden(
+        self, hidden_TH: torch.Tensor, next_ids_T: torch.Tensor, spans: Spans, cache: LayerCache
+    ) -> torch.Tensor:
+        """The MTP head over the same tokens: what `logits` turns into a guess of the token after next, [T, H]."""
+        assert self.mtp is not None, "this checkpoint has no MTP head"
+        return self.mtp(hidden_TH, functional.embedding(next_ids_T, self.embed), spans, cache)
+
+
+class MtpHead:
+    """h = fc(concat[norm_e(embed(next token)), norm_h(hidden)]), one attention layer with a KV cache of its own, norm.
+
+    `hidden` is the target's output after its final norm. Positions are the target's + 1: all keys and queries of this
+    layer are turned by one position more, which leaves every attention score as it is, so the target's are used.
+    """
+
+    def __init__(self, parameters: Parameters, config: ModelConfig, rope_table_LF2: torch.Tensor) -> None:
+        self.fc = parameters["mtp.fc.weight"]
+        self.norm_embedding = parameters["mtp.norm_embedding.weight"]
+        self.norm_hidden = parameters["mtp.norm_hidden.weight"]
+        self.norm = parameters["mtp.norm.weight"]
+        self.layer = Layer(parameters, "mtp.layer", config, FULL, rope_table_LF2)
+        self.eps = config.rms_eps
+
+    def __call__(
+        self, hidden_TH: torch.Tensor, next_TH: torch.Tensor, spans: Spans, cache: LayerCache
+    ) -> torch.Tensor:
+        x_TH = torch.cat(
+            [
+                rms_norm(x_MD=next_TH, w_D=self.norm_embedding, eps=self.eps),
+                rms_norm(x_MD=hidden_TH, w_D=self.norm_hidden, eps=self.eps),
+            ],
+            dim=-1,
+        )
+        x_TH = self.layer(linear(x_MK=x_TH, w_NK=self.fc), spans, cache)
+        return rms_norm(x_MD=x_TH, w_D=self.norm, eps=self.eps)
+
+
+def rope_table(config: ModelConfig, positions: int, device: torch.device) -> torch.Tensor:
+    """cos and sin of every position, [L, F, 2] float32, scaled by YaRN's attention factor."""
+    frequencies, factor = inverse_frequencies(config.rope)
+    angles_LF = torch.arange(positions, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
+    return (torch.stack([angles_LF.cos(), angles_LF.sin()], dim=-1) * factor).to(device)
+
+
+def allocate_caches(
+    config: ModelConfig, *, pages: int, slots: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
+    """The pools, one entry a layer and the MTP layer's last; page 0 and slot 0 come on top of `pages` and `slots`.
+
+    Pages are zeroed: a masked key is multiplied by zero, which must not meet a NaN.
+    """
+
+    def attention() -> AttentionCache:
+        shape = (pages + 1, config.num_kv_heads, 64, config.head_dim)
+        return AttentionCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+
+    def gdn() -> GdnCache:
+        state = (slots + 1, config.gdn_value_heads, config.gdn_key_dim, config.gdn_value_dim)
+        conv = (slots + 1, config.conv_width - 1, config.conv_channels)
+        return GdnCache(
+            torch.zeros(state, dtype=torch.float32, device=device), torch.zeros(conv, dtype=dtype, device=device)
+        )
+
+    caches: list[LayerCache] = [attention() if kind == FULL else gdn() for kind in config.layer_types]
+    return caches + [attention() for _ in range(config.mtp_layers)]

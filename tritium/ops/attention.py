@@ -1,0 +1,148 @@
+"""Paged causal attention over the mixed rows of a step, with the output gate.
+
+    o[t] = Σ_s softmax_s(q[t]·k[s] D^-1/2, s ≤ position of t) v[s] · sigmoid(gate[t])
+
+Query head n reads key / value head n // (N / G). The reference sums page by page in the order of positions, in tiles
+whose shapes do not depend on the step: a token's result is the same to the bit alone or batched, whole or in chunks,
+and pages beyond its position add exact zeros.
+
+Shapes: T tokens, R rows, B rows of a tile, M query rows of a tile (tokens x heads of a group, padded to 8), N = nq,
+G = nkv, D head dim, P pages; q_TND, gate_TND, k_pages and v_pages [pages + 1, G, 64, D], o_TND.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tritium.ops.elementwise import sigmoid
+from tritium.ops.linear import ROWS
+from tritium.ops.spans import Spans
+from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
+
+PAGE = 64
+QUERY_TILE = 64
+"""Tokens of one row that are attended together."""
+PAGE_BLOCK = 32
+"""Pages whose scores are held at once; blocks start at multiples of this, whatever the row."""
+ROW_TILE = 16
+"""Decode rows that are attended together, so that gathered keys stay small."""
+
+
+def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    t, n, g, d = (dims[name] for name in ("T", "N", "G", "D"))
+    context = dims["L"]
+    lengths, contexts = ((t - 2, 1, 1), (context, 3, 0)) if t > 2 else ((t,), (context,))
+    pages, tables = 1, []
+    for length, start in zip(lengths, contexts):
+        need = -(-(start + length) // PAGE)
+        tables.append(tuple(range(pages, pages + need)))
+        pages += need
+    shape = (pages, g, PAGE, d)
+    return {
+        "q_TND": randn(generator, t, n, d, dtype=dtype),
+        "gate_TND": randn(generator, t, n, d, dtype=dtype),
+        "k_pages": randn(generator, *shape, dtype=dtype),
+        "v_pages": randn(generator, *shape, dtype=dtype),
+        "spans": Spans(lengths, contexts, (1, 2, 3)[: len(lengths)], tuple(tables), torch.device("cpu")),
+    }
+
+
+SPEC = OpSpec(
+    name="paged_attention",
+    cases=(
+        {"T": 1, "N": 2, "G": 2, "D": 64, "L": 0},
+        {"T": 1, "N": 6, "G": 2, "D": 40, "L": 2100},
+        {"T": 75, "N": 4, "G": 1, "D": 64, "L": 61},
+    ),
+    inputs=_inputs,
+    results=lambda arguments, returned: {"o_TND": returned},
+    bytes_moved=lambda d, size: size * (2 * d["G"] * d["D"] * (d["L"] + d["T"]) + 3 * d["T"] * d["N"] * d["D"]),
+    flops=lambda d: 4 * d["T"] * d["N"] * d["D"] * (d["L"] + d["T"]),
+    tuning_key=("N", "G", "D"),
+)
+
+
+def reference(
+    *,
+    q_TND: torch.Tensor,
+    gate_TND: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    spans: Spans,
+) -> torch.Tensor:
+    """o_TND in q's dtype. Every row's keys and values, this step's included, are in its pages already."""
+    groups = k_pages.shape[1]
+    tokens, heads, dim = q_TND.shape
+    q_TGMD = q_TND.view(tokens, groups, heads // groups, dim)
+    o_TGMD = torch.empty_like(q_TGMD)
+    for rows, first, count in _tiles(spans):
+        index_BM = spans.tensor([[spans.starts[r] + first + i for i in range(count)] for r in rows])
+        last = max(spans.contexts[r] + first + count for r in rows)
+        pages_BP = spans.pages_RP[spans.tensor(rows), : -(-last // PAGE)]
+        o_TGMD[index_BM.view(-1)] = _attend(
+            q_TGMD[index_BM], spans.positions_T[index_BM], pages_BP, k_pages, v_pages
+        ).to(q_TND.dtype).view(-1, *q_TGMD.shape[1:])
+    gate = sigmoid(gate_TND.to(wide(gate_TND.dtype)))
+    return (o_TGMD.view(tokens, heads, dim) * gate).to(q_TND.dtype)
+
+
+def _tiles(spans: Spans) -> list[tuple[list[int], int, int]]:
+    """(rows, first token within the row, tokens): decode rows side by side, longer spans in query tiles."""
+    single = sorted((r for r in range(spans.num_rows) if spans.lengths[r] == 1), key=lambda r: spans.contexts[r])
+    tiles = [(single[i : i + ROW_TILE], 0, 1) for i in range(0, len(single), ROW_TILE)]
+    for r, length in enumerate(spans.lengths):
+        if length > 1:
+            tiles += [([r], first, min(QUERY_TILE, length - first)) for first in range(0, length, QUERY_TILE)]
+    return tiles
+
+
+def _attend(
+    q_BCGMD: torch.Tensor,
+    positions_BC: torch.Tensor,
+    pages_BP: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+) -> torch.Tensor:
+    """o_BCGMD, float32, for C tokens of each of B rows."""
+    b, c, groups, m, dim = q_BCGMD.shape
+    compute = wide(q_BCGMD.dtype)
+    q_BGMD = q_BCGMD.permute(0, 2, 1, 3, 4).reshape(b, groups, c * m, dim).to(compute) * dim**-0.5
+    positions_BM = positions_BC.repeat_interleave(m, dim=1)
+    padding = -(c * m) % ROWS
+    q_BGMD = torch.nn.functional.pad(q_BGMD, (0, 0, 0, padding))
+    positions_BM = torch.nn.functional.pad(positions_BM, (0, padding))
+    rows = c * m + padding
+    o_BGMD = q_BGMD.new_zeros(b * groups, rows, dim)
+    total_BGM = q_BGMD.new_zeros(b * groups, rows)
+    top_BGM = q_BGMD.new_full((b * groups, rows), -torch.inf)
+    for p0 in range(0, pages_BP.shape[1], PAGE_BLOCK):
+        pages_BP_now = pages_BP[:, p0 : p0 + PAGE_BLOCK]
+        p = pages_BP_now.shape[1]
+        key_at_PS = (p0 * PAGE + torch.arange(p * PAGE, device=q_BGMD.device)).view(p, PAGE)
+        k_PBGSD = k_pages[pages_BP_now.t()].to(compute)
+        v_PBGSD = v_pages[pages_BP_now.t()].to(compute)
+        # Beyond a row's end lies whatever the page held before; zero weights must not meet an infinity there.
+        beyond_PBS = key_at_PS[:, None] > positions_BM.amax(1)[None, :, None]
+        v_PBGSD.masked_fill_(beyond_PBS[:, :, None, :, None], 0.0)
+        scores_PBGMS = torch.matmul(q_BGMD, k_PBGSD.transpose(-1, -2))
+        hidden_PBMS = key_at_PS[:, None, None] > positions_BM[None, :, :, None]
+        scores_PBGMS.masked_fill_(hidden_PBMS[:, :, None], -torch.inf)
+        scores = scores_PBGMS.view(p, b * groups, rows, PAGE)
+        new_top = torch.maximum(top_BGM, scores.amax(-1).amax(0))
+        scale = torch.exp(top_BGM - new_top)
+        weights = torch.exp(scores - new_top[None, :, :, None])
+        sums = weights.sum(-1)
+        o_BGMD = o_BGMD * scale.unsqueeze(-1)
+        total_BGM = total_BGM * scale
+        values = v_PBGSD.view(p, b * groups, PAGE, dim)
+        for i in range(p):
+            o_BGMD = torch.baddbmm(o_BGMD, weights[i], values[i])
+            total_BGM = total_BGM + sums[i]
+        top_BGM = new_top
+    o_BGMD = o_BGMD / total_BGM.unsqueeze(-1)
+    return o_BGMD.view(b, groups, rows, dim)[:, :, : c * m].view(b, groups, c, m, dim).permute(0, 2, 1, 3, 4)
+
+
+paged_attention = Op(SPEC, reference)

@@ -1,0 +1,61 @@
+"""Causal depthwise convolution over the rows of a step, then SiLU.
+
+    y[t, c] = silu(Σ_j w[c, j] x[t - (W - 1) + j, c]),   inputs before the span come from the row's stored state
+
+After the call the state holds the row's last W - 1 raw inputs. Sums run oldest tap first, in float32, so that a token's
+result does not depend on where its chunk was cut.
+
+Shapes: T tokens, C channels, W taps; x_TC raw inputs, w_CW float32, state [slots + 1, W - 1, C].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tritium.ops.elementwise import silu
+from tritium.ops.spans import Spans
+from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
+
+
+def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    weight = wide(dtype)
+    lengths = (dims["T"] - 2, 1, 1) if dims["T"] > 2 else (dims["T"],)
+    contexts = (0, 5, 9)[: len(lengths)] if dims["T"] > 2 else (70,)
+    rows = len(lengths)
+    return {
+        "x_TC": randn(generator, dims["T"], dims["C"], dtype=dtype),
+        "w_CW": randn(generator, dims["C"], dims["W"], dtype=weight, scale=0.5),
+        "state": randn(generator, rows + 2, dims["W"] - 1, dims["C"], dtype=dtype),
+        "spans": Spans(lengths, contexts, tuple(range(rows, 0, -1)), ((1,),) * rows, torch.device("cpu")),
+    }
+
+
+SPEC = OpSpec(
+    name="causal_conv",
+    cases=({"T": 1, "C": 24, "W": 4}, {"T": 5, "C": 40, "W": 4}, {"T": 70, "C": 72, "W": 3}),
+    inputs=_inputs,
+    results=lambda arguments, returned: {"y_TC": returned, "state": arguments["state"]},
+    bytes_moved=lambda d, size: size * (2 * d["T"] * d["C"] + d["C"] * d["W"]),
+    flops=lambda d: d["T"] * d["C"] * (2 * d["W"] + 4),
+)
+
+
+def reference(*, x_TC: torch.Tensor, w_CW: torch.Tensor, state: torch.Tensor, spans: Spans) -> torch.Tensor:
+    """y_TC in x's dtype; updates `state` in place."""
+    keep = w_CW.shape[1] - 1
+    stored_RWC = state.index_select(0, spans.slots_R)
+    if spans.any_fresh:
+        stored_RWC = torch.where(spans.fresh_R[:, None, None], torch.zeros_like(stored_RWC), stored_RWC)
+    inputs = torch.cat([stored_RWC.reshape(-1, x_TC.shape[1]).to(x_TC.dtype), x_TC])
+    taps_TW, tail_RW = spans.conv_taps(w_CW.shape[1])
+    compute = wide(x_TC.dtype)
+    y_TC = inputs[taps_TW[:, 0]].to(compute) * w_CW[:, 0]
+    for j in range(1, keep + 1):
+        y_TC = y_TC + inputs[taps_TW[:, j]].to(compute) * w_CW[:, j]
+    state.index_copy_(0, spans.slots_R, inputs[tail_RW].to(state.dtype))
+    return silu(y_TC).to(x_TC.dtype)
+
+
+causal_conv = Op(SPEC, reference)
