@@ -1,0 +1,323 @@
+"""Checkpoints: found (directory, embedded, hub), accounted for tensor by tensor, and streamed into parameters."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tritium.core.errors import CheckpointError
+from tritium.models.config import ModelConfig, parse_config
+from tritium.models.parameters import IGNORED, Placement, canonical_name, parameter_shapes, placements
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = {"tritium-dense": "dense", "tritium-moe": "moe"}
+INDEX = "model.safetensors.index.json"
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as a file's header describes it."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it: F32, BF16, F16, F8_E4M3, ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A directory whose tensors were all accounted for (headers read, no data)."""
+
+    directory: Path
+    config: ModelConfig
+    """What the files can really do: without MTP where its tensors are absent, untied where lm_head differs."""
+    tensors: dict[StoredTensor, Placement]
+    """Tensors that get loaded, in the order of files, and where each goes."""
+
+
+def resolve(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The local directory of a checkpoint: a directory, an embedded model's name, or owner/name from the hub.
+
+    A hub checkpoint is downloaded (resumed where a download was cut, with a progress bar) or taken from the cache.
+    Raises `CheckpointError` when there is no such thing.
+    """
+    if model in EMBEDDED:
+        directory = Path(str(resources.files("tritium"))) / "embedded" / EMBEDDED[model]
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(f"this installation does not contain {model}", hint="install a released version")
+        return directory
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" or model.lower().endswith("-gguf"):
+        raise CheckpointError(f"{model}: GGUF is not supported", hint="use the model's safetensors checkpoint")
+    if path.exists():
+        raise CheckpointError(f"{model} is a file", hint="give the directory that holds config.json and the weights")
+    if not _HUB_NAME.fullmatch(model) or model.startswith("."):
+        embedded = ", ".join(EMBEDDED)
+        raise CheckpointError(f"there is no directory {model}", hint=f"a directory, owner/name, or {embedded}")
+    return _download(model, revision, download_dir)
+
+
+def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{model} (revision {revision})" if revision else model
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=_DOWNLOADED))
+    except errors.GatedRepoError as e:
+        raise CheckpointError(
+            f"{model} is gated", hint="accept its terms on huggingface.co and log in with `hf auth login`"
+        ) from e
+    except errors.RevisionNotFoundError as e:
+        raise CheckpointError(f"{model} has no revision {revision}", hint="check --revision") from e
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
+        raise CheckpointError(
+            f"there is no directory {model}, and no such model on the hub (or it is private)",
+            hint="check the spelling, or log in with `hf auth login`",
+        ) from e
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, ConnectionError) as e:
+        raise CheckpointError(
+            f"{at} is not in the local cache and the hub cannot be reached",
+            hint="check the network, or give a local directory",
+        ) from e
+    except (errors.HfHubHTTPError, OSError) as e:
+        raise CheckpointError(f"downloading {at} failed: {_one_line(e)}", hint="run again: downloads resume") from e
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read config and tensor headers of `directory` and account for every tensor, before any data is read.
+
+    Two cases are settled here, with a line in the log: a checkpoint that announces MTP and has no mtp.* tensor
+    loses its MTP head; one that says tied but holds an lm_head.weight other than the embeddings is not tied, as in
+    Transformers (an equal one is the tied tensor itself). Raises `CheckpointError` or `ConfigError`.
+    """
+    raw = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    config = parse_config(raw, generation=read_json(generation) if generation.exists() else None)
+    stored = _stored_tensors(directory)
+    by_name = _canonical(stored)
+    config = _settle(config, raw, by_name)
+    return Checkpoint(directory, config, _account(directory, config, by_name))
+
+
+def load_parameters(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu", progress: bool = False
+) -> dict[str, torch.Tensor]:
+    """Every parameter of `checkpoint.config`: matrices in `dtype`, vectors in float32, on `device`.
+
+    Each tensor is read once and copied straight into its region, so the peak is the model plus one tensor.
+    `progress` draws a bar in bytes on stderr.
+    """
+    parameters = {
+        name: torch.empty(spec.shape, dtype=dtype if spec.role == "matrix" else torch.float32, device=device)
+        for name, spec in parameter_shapes(checkpoint.config).items()
+    }
+    with _progress(checkpoint, progress) as done:
+        for tensor, place, source in _stream(checkpoint):
+            target = parameters[place.parameter]
+            region = (target if place.expert is None else target[place.expert])[place.start : place.stop]
+            region.copy_(source.reshape(region.shape))
+            done(tensor)
+    return parameters
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint's file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}", hint="give a directory with a checkpoint in Hugging Face format"
+        ) from e
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read: {_one_line(e)}", hint="download it again") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object", hint="download it again")
+    return value
+
+
+def _stored_tensors(directory: Path) -> list[StoredTensor]:
+    index = directory / INDEX
+    if not index.exists():
+        return [tensor for file in _unindexed_files(directory) for tensor in _header(file)]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map", hint="download it again")
+    files = sorted(set(weight_map.values()))
+    missing = [f for f in files if not (directory / f).is_file()]
+    if missing:
+        raise CheckpointError(f"{directory}: {INDEX} names files that are absent: {_some(missing)}", hint="download")
+    stored = [tensor for f in files for tensor in _header(directory / f)]
+    absent = sorted(set(weight_map) - {t.name for t in stored})
+    if absent:
+        raise CheckpointError(f"{directory}: {INDEX} names tensors that no file holds: {_some(absent)}")
+    return stored
+
+
+def _unindexed_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        other = sorted(p.name for pattern in ("*.bin", "*.gguf", "*.pt", "*.pth") for p in directory.glob(pattern))
+        found = f" (found {_some(other)})" if other else ""
+        raise CheckpointError(f"{directory} has no *.safetensors file{found}", hint="only safetensors can be loaded")
+    for match in (m for m in (_SHARD.fullmatch(f.name) for f in files) if m):
+        stem, count = match[1], match[3]
+        names = [f"{stem}-{i:0{len(match[2])}d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
+        missing = [n for n in names if not (directory / n).is_file()]
+        if missing:
+            raise CheckpointError(f"{directory}: shards are missing: {_some(missing)}", hint="download it again")
+    return files
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; what is wrong with it becomes one line."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            yield opened
+    except (SafetensorError, OSError) as e:
+        if file.is_file() and file.open("rb").read(24).startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{file} is a git-lfs pointer, not weights", hint="run `git lfs pull`") from e
+        raise CheckpointError(
+            f"{file} is damaged or truncated: {_one_line(e)}", hint="delete it and download it again"
+        ) from e
+
+
+def _header(file: Path) -> list[StoredTensor]:
+    with _opened(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+        return [StoredTensor(n, file, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()]
+
+
+def _canonical(stored: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
+    by_name: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        twin = by_name.setdefault(canonical_name(tensor.name), tensor)
+        if twin is not tensor:
+            where = f"{twin.name} ({twin.file.name}) and {tensor.name} ({tensor.file.name})"
+            raise CheckpointError(f"{tensor.file.parent}: {where} are the same parameter", hint="keep one of them")
+    return by_name
+
+
+def _settle(config: ModelConfig, raw: dict[str, Any], stored: dict[str, StoredTensor]) -> ModelConfig:
+    embed, head = stored.get("embed_tokens.weight"), stored.get("lm_head.weight")
+    declared = [s.get(key) for s in (raw, raw.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
+    if embed and not any(declared):
+        config = replace(config, dtype=_DTYPES.get(embed.dtype, config.dtype))
+    if config.mtp_layers and not any(name.startswith("mtp.") for name in stored):
+        log.warning("config.json announces an MTP head, but the checkpoint has no mtp.* tensor: continuing without")
+        config = replace(config, mtp_layers=0)
+    if config.tied_embeddings and embed and head and not _equal(embed, head):
+        log.warning("tie_word_embeddings is set, but lm_head.weight differs from the embeddings: using both")
+        config = replace(config, tied_embeddings=False)
+    return config
+
+
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+    with _opened(a.file) as file_a, _opened(b.file) as file_b:
+        return torch.equal(file_a.get_tensor(a.name), file_b.get_tensor(b.name))
+
+
+def _account(directory: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[StoredTensor, Placement]:
+    """Pair tensors and regions; raise unless every tensor is used or ignored and every region filled once."""
+    ignored = {name for name in stored if name.startswith(IGNORED)}
+    tied = {"lm_head.weight"} if config.tied_embeddings else set()
+    places = placements(config)
+    unknown = [t.name for name, t in stored.items() if name not in places and name not in ignored | tied]
+    if unknown:
+        raise CheckpointError(f"{directory}: tensors that this model does not have: {_some(unknown)}")
+    used = {tensor: places[name] for name, tensor in stored.items() if name in places}
+    for tensor, place in used.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{tensor.file.name}: {tensor.name} is {tensor.dtype}, which is not supported",
+                hint=f"supported: {', '.join(_DTYPES)}",
+            )
+        if tensor.shape != place.shape:
+            raise CheckpointError(
+                f"{tensor.file.name}: {tensor.name} has shape {list(tensor.shape)}, "
+                f"but config.json asks for {list(place.shape)}"
+            )
+    _check_filled_once(directory, config, places, stored)
+    if ignored:
+        log.warning("not loading %d tensors of the vision tower (visual.*): this is a text engine", len(ignored))
+    return used
+
+
+def _check_filled_once(
+    directory: Path, config: ModelConfig, places: dict[str, Placement], stored: Container[str]
+) -> None:
+    """Regions are disjoint but for the two spellings of experts, so counting elements per parameter is enough."""
+    sources: dict[str, list[str]] = {}
+    for name, place in places.items():
+        sources.setdefault(place.parameter, []).append(name)
+    missing: list[str] = []
+    for parameter, spec in parameter_shapes(config).items():
+        used = [name for name in sources[parameter] if name in stored]
+        filled, numel = sum(places[name].numel for name in used), math.prod(spec.shape)
+        if filled > numel:
+            raise CheckpointError(f"{directory}: {parameter} is given more than once: {_some(used)}")
+        if filled < numel:
+            # The spelling of experts that the checkpoint uses; fused where it has none.
+            each = any(places[name].expert is not None for name in used)
+            absent = (name for name in sources[parameter] if name not in stored)
+            missing += [name for name in absent if (places[name].expert is not None) == each]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: tensors are missing: {_some(missing)}", hint="is the download complete, is it this model?"
+        )
+
+
+def _stream(checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, Placement, torch.Tensor]]:
+    by_file: dict[Path, list[tuple[StoredTensor, Placement]]] = {}
+    for tensor, place in checkpoint.tensors.items():
+        by_file.setdefault(tensor.file, []).append((tensor, place))
+    for file, tensors in by_file.items():
+        with _opened(file) as opened:
+            for tensor, place in tensors:
+                yield tensor, place, opened.get_tensor(tensor.name)
+
+
+@contextmanager
+def _progress(checkpoint: Checkpoint, shown: bool) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    def size(tensor: StoredTensor) -> int:
+        return math.prod(tensor.shape) * (4 if tensor.dtype == "F32" else 2)
+
+    total = sum(size(t) for t in checkpoint.tensors)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="loading", file=sys.stderr, disable=not shown, leave=False
+    ) as bar:
+        yield lambda tensor: bar.update(size(tensor))
+
+
+def _some(names: Iterable[str], most: int = 10) -> str:
+    names = list(names)
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

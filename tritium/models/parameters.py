@@ -1,0 +1,181 @@
+"""The parameters of a network and where each checkpoint tensor goes: shapes only, no torch.
+
+Both come from one declaration, so they cannot disagree. See docs/architecture.md for names, shapes and symbols.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from tritium.models.config import FULL, ModelConfig
+
+Shape = tuple[int, ...]
+Role = Literal["matrix", "vector"]
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+IGNORED = ("visual.",)
+"""Checkpoint tensors (prefixes of canonical names) that the text model leaves unloaded: the vision tower."""
+
+_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.")
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    shape: Shape
+    role: Role
+    """matrix: in the compute dtype; vector: in float32 (norms, convolution, decay)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One checkpoint tensor of shape `shape` fills rows [start, stop) of `parameter` (of its expert `expert`)."""
+
+    parameter: str
+    shape: Shape
+    """Shape in the checkpoint; the region holds the same elements in the same order."""
+    start: int
+    stop: int
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """Every parameter of the network, by the names of docs/architecture.md."""
+    return _declare(config).specs
+
+
+def placements(config: ModelConfig) -> dict[str, Placement]:
+    """Canonical checkpoint name -> its region. Fused and per-expert spellings of experts are both there."""
+    return _declare(config).places
+
+
+def canonical_name(name: str) -> str:
+    """A checkpoint's tensor name without the prefix of its class: `layers.0...`, `mtp...`, `lm_head.weight`."""
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of all parameters with matrices in `dtype` (float32, bfloat16 or float16)."""
+    size = {"matrix": ITEM_BYTES[dtype], "vector": ITEM_BYTES["float32"]}
+    return sum(math.prod(spec.shape) * size[spec.role] for spec in parameter_shapes(config).values())
+
+
+class _Declaration:
+    """Collects parameters together with the checkpoint tensors that fill them."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, ParameterSpec] = {}
+        self.places: dict[str, Placement] = {}
+
+    def stacked(self, parameter: str, role: Role, *sources: tuple[str, Shape]) -> None:
+        """`parameter` is the concatenation of `sources` (checkpoint name, shape) along their rows."""
+        row = 0
+        for name, shape in sources:
+            self.places[name] = Placement(parameter, shape, row, row + shape[0])
+            row += shape[0]
+        self.specs[parameter] = ParameterSpec((row, *sources[0][1][1:]), role)
+
+    def vector(self, parameter: str, source: str, size: int) -> None:
+        self.stacked(parameter, "vector", (source, (size,)))
+
+    def matrix(self, parameter: str, source: str, rows: int, columns: int) -> None:
+        self.stacked(parameter, "matrix", (source, (rows, columns)))
+
+    def experts(self, parameter: str, fused: str, shape: Shape, each: Callable[[int], list[str]]) -> None:
+        """`parameter` [E, rows, columns] is one tensor of that shape, or for each expert e the matrices `each(e)`."""
+        self.specs[parameter] = ParameterSpec(shape, "matrix")
+        self.places[fused] = Placement(parameter, shape, 0, shape[0])
+        for expert in range(shape[0]):
+            names = each(expert)
+            rows = shape[1] // len(names)
+            for i, name in enumerate(names):
+                self.places[name] = Placement(parameter, (rows, shape[2]), i * rows, (i + 1) * rows, expert)
+
+
+def _declare(config: ModelConfig) -> _Declaration:
+    d, H, V = _Declaration(), config.hidden_size, config.vocab_size
+    d.matrix("embed.weight", "embed_tokens.weight", V, H)
+    for i, kind in enumerate(config.layer_types):
+        _layer(d, config, f"layers.{i}", f"layers.{i}", full=kind == FULL)
+    d.vector("norm.weight", "norm.weight", H)
+    if not config.tied_embeddings:
+        d.matrix("lm_head.weight", "lm_head.weight", V, H)
+    if config.mtp_layers:
+        d.matrix("mtp.fc.weight", "mtp.fc.weight", H, 2 * H)
+        d.vector("mtp.norm_embedding.weight", "mtp.pre_fc_norm_embedding.weight", H)
+        d.vector("mtp.norm_hidden.weight", "mtp.pre_fc_norm_hidden.weight", H)
+        _layer(d, config, "mtp.layer", "mtp.layers.0", full=True)
+        d.vector("mtp.norm.weight", "mtp.norm.weight", H)
+    return d
+
+
+def _layer(d: _Declaration, config: ModelConfig, to: str, source: str, *, full: bool) -> None:
+    d.vector(f"{to}.input_norm.weight", f"{source}.input_layernorm.weight", config.hidden_size)
+    if full:
+        _attention(d, config, f"{to}.attn", f"{source}.self_attn")
+    else:
+        _gdn(d, config, f"{to}.gdn", f"{source}.linear_attn")
+    d.vector(f"{to}.post_norm.weight", f"{source}.post_attention_layernorm.weight", config.hidden_size)
+    if config.moe is None:
+        _mlp(d, f"{to}.mlp.gate_up.weight", f"{to}.mlp.down.weight", f"{source}.mlp", config.intermediate_size, config)
+    else:
+        _moe(d, config, f"{to}.moe", f"{source}.mlp")
+
+
+def _gdn(d: _Declaration, config: ModelConfig, to: str, source: str) -> None:
+    H, C, nv, dv = config.hidden_size, config.conv_channels, config.gdn_value_heads, config.gdn_value_dim
+    rows = {"in_proj_qkv": C, "in_proj_z": nv * dv, "in_proj_b": nv, "in_proj_a": nv}
+    d.stacked(f"{to}.in_proj.weight", "matrix", *((f"{source}.{n}.weight", (r, H)) for n, r in rows.items()))
+    conv = f"{to}.conv.weight"
+    d.specs[conv] = ParameterSpec((C, config.conv_width), "vector")
+    d.places[f"{source}.conv1d.weight"] = Placement(conv, (C, 1, config.conv_width), 0, C)
+    d.vector(f"{to}.A_log", f"{source}.A_log", nv)
+    d.vector(f"{to}.dt_bias", f"{source}.dt_bias", nv)
+    d.vector(f"{to}.norm.weight", f"{source}.norm.weight", dv)
+    d.matrix(f"{to}.out_proj.weight", f"{source}.out_proj.weight", H, nv * dv)
+
+
+def _attention(d: _Declaration, config: ModelConfig, to: str, source: str) -> None:
+    H, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    rows = {"q_proj": 2 * q, "k_proj": kv, "v_proj": kv}
+    d.stacked(f"{to}.qkv_proj.weight", "matrix", *((f"{source}.{n}.weight", (r, H)) for n, r in rows.items()))
+    d.vector(f"{to}.q_norm.weight", f"{source}.q_norm.weight", config.head_dim)
+    d.vector(f"{to}.k_norm.weight", f"{source}.k_norm.weight", config.head_dim)
+    d.matrix(f"{to}.o_proj.weight", f"{source}.o_proj.weight", H, q)
+
+
+def _mlp(d: _Declaration, gate_up: str, down: str, source: str, width: int, config: ModelConfig) -> None:
+    H = config.hidden_size
+    d.stacked(gate_up, "matrix", *((f"{source}.{n}_proj.weight", (width, H)) for n in ("gate", "up")))
+    d.matrix(down, f"{source}.down_proj.weight", H, width)
+
+
+def _moe(d: _Declaration, config: ModelConfig, to: str, source: str) -> None:
+    assert config.moe is not None
+    H, E, Im = config.hidden_size, config.moe.num_experts, config.moe.intermediate_size
+    experts = f"{source}.experts"
+    d.matrix(f"{to}.router.weight", f"{source}.gate.weight", E, H)
+    d.experts(
+        f"{to}.experts_gate_up.weight",
+        f"{experts}.gate_up_proj",
+        (E, 2 * Im, H),
+        lambda e: [f"{experts}.{e}.gate_proj.weight", f"{experts}.{e}.up_proj.weight"],
+    )
+    d.experts(
+        f"{to}.experts_down.weight",
+        f"{experts}.down_proj",
+        (E, H, Im),
+        lambda e: [f"{experts}.{e}.down_proj.weight"],
+    )
+    d.matrix(f"{to}.shared_gate.weight", f"{source}.shared_expert_gate.weight", 1, H)
+    shared = config.moe.shared_intermediate_size
+    _mlp(d, f"{to}.shared_gate_up.weight", f"{to}.shared_down.weight", f"{source}.shared_expert", shared, config)

@@ -1,0 +1,60 @@
+"""Rotary frequencies as plain numbers: default and YaRN (arXiv:2309.00071)."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+from tritium.models.config import RopeConfig
+
+
+def inverse_frequencies(rope: RopeConfig) -> tuple[list[float], float]:
+    """Radians per position of each of the rotary_dim / 2 pairs, and the factor that cos and sin are scaled by.
+
+    The numbers are rounded to float32 where a float32 computation rounds them: a position of 100,000 makes one
+    unit in the last place visible, and models are trained with frequencies computed in float32.
+    """
+    exponents = [_f32(2 * i / rope.rotary_dim) for i in range(rope.rotary_dim // 2)]
+    wavelengths = [_f32(rope.theta**e) for e in exponents]
+    plain = [_f32(1.0 / w) for w in wavelengths]
+    if rope.kind == "default":
+        return plain, 1.0
+    low, high = _ramp_bounds(rope)
+    frequencies = []
+    for i, (w, extrapolated) in enumerate(zip(wavelengths, plain)):
+        ramp = min(max(_f32(_f32(i - low) / _f32(high - low)), 0.0), 1.0)
+        keep = _f32(1.0 - ramp)
+        interpolated = _f32(1.0 / _f32(rope.factor * w))
+        frequencies.append(_f32(_f32(interpolated * _f32(1.0 - keep)) + _f32(extrapolated * keep)))
+    return frequencies, _attention_factor(rope)
+
+
+def _ramp_bounds(rope: RopeConfig) -> tuple[float, float]:
+    """Pairs between which YaRN passes from extrapolation (fast pairs) to interpolation (slow pairs)."""
+
+    def pair_that_turns(rotations: float) -> float:
+        turns = math.log(rope.original_max_position / (rotations * 2 * math.pi))
+        return rope.rotary_dim * turns / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+    return low, high + 0.001 if low == high else high
+
+
+def _attention_factor(rope: RopeConfig) -> float:
+    def scale(mscale: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return scale(rope.mscale) / scale(rope.mscale_all_dim)
+    return scale(1.0)
+
+
+def _f32(x: float) -> float:
+    """x rounded to float32."""
+    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
+    return rounded
