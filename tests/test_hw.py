@@ -65,7 +65,7 @@ def test_version_1_without_a_limit(tmp_path: Path) -> None:
 def test_a_cpu_is_always_there() -> None:
     target = probe("cpu")
     assert (target.kind, target.device) == ("cpu", "cpu")
-    assert 1 <= target.cores
+    assert target.cores >= 1
     assert 0 < target.memory_available <= target.memory_total
 
 

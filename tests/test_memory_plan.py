@@ -115,7 +115,7 @@ def test_pages_by_number() -> None:
     ("config", "options", "target", "error", "message", "hint"),
     [
         (M27B, {}, LAPTOP, CapacityError, "the model does not fit: 1", "--gpu-memory-utilization"),
-        (M27B, {"max_num_seqs": 512}, H200, CapacityError, "512 requests need 73.5 GiB", "--max-num-seqs 51"),
+        (M27B, {"max_num_seqs": 512}, H200, CapacityError, "512 requests need 73.5 GiB", "--max-num-seqs 4"),
         (M27B, {"max_model_len": 262145}, H200, ConfigError, "limit of 262144", "--max-model-len 262144"),
         (M27B, {"max_num_batched_tokens": 8}, H200, ConfigError, "less than --max-num-seqs 64", "at least"),
         (

@@ -17,8 +17,6 @@ from tritium.models.config import ModelConfig
 from tritium.models.parameters import ITEM_BYTES, weight_bytes
 
 _FLOAT32 = 4
-_CHUNK = 64
-"""Tokens of a chunk in the chunked form of GDN prefill."""
 _CPU_KV_BYTES = 4 << 30
 """Bytes of KV that a CPU takes without being asked: its memory is shared with everything else."""
 
@@ -93,8 +91,9 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
     width = ITEM_BYTES[dtype]
     budget = _budget(engine, target)
     weights = weight_bytes(config, dtype)
-    activations = activation_bytes(config, engine.max_num_batched_tokens, width)
-    workspace = activations + engine.max_num_seqs * logits_bytes(config)
+    asked_len = engine.max_model_len or config.max_position
+    fixed, per_row = workspace_bytes(config, engine.max_num_batched_tokens, asked_len, width)
+    workspace = fixed + engine.max_num_seqs * per_row
     per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width)
     state = (engine.max_num_seqs + 1) * per_slot
 
@@ -106,15 +105,13 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
         )
     left = budget - weights - workspace - state
     if left < 2 * per_page:  # page 0 and one to use
-        per_request = per_slot + logits_bytes(config)
-        fit = (budget - weights - activations - 2 * per_page - per_slot) // per_request
+        fit = (budget - weights - fixed - 2 * per_page - per_slot) // (per_slot + per_row)
         raise CapacityError(
             f"{engine.max_num_seqs} requests need {size(state)} of state, and {size(left + state)} are left "
             f"beside the weights ({size(weights)}) and the workspace ({size(workspace)})",
             hint=(f"--max-num-seqs {fit} at most, or " if fit >= 1 else "") + _more_memory(target),
         )
 
-    asked_len = engine.max_model_len or config.max_position
     pages, why = _pages(engine, target, left, per_page, asked_len)
     max_model_len, notes = asked_len, []
     if pages * PAGE_TOKENS < asked_len:
@@ -161,31 +158,41 @@ def bytes_per_slot(config: ModelConfig, width: int) -> int:
     return (recurrent + convolution) * len(config.gdn_layers)
 
 
-def activation_bytes(config: ModelConfig, tokens: int, width: int) -> int:
-    """What a step of T tokens needs beside weights and pools: its stream and its largest layer, at w bytes each.
+def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int) -> tuple[int, int]:
+    """What a step of T tokens needs at most beside weights and pools: (in any case, more for each of its rows).
 
-    stream     3 T H w                       the residual, its norm, the layer's output
-    GDN        T (C + nv dv) w               projections
-               + 4 T (2 C + nv (2 dk + 3 dv) + 4 nv 64)    float32: convolution in and out; q, k, v, corrected
-                                             v and output per value head; four matrices over a chunk of 64
-    attention  T (2 nq + 2 nkv) d w + 4 T 3 nq d           projections; float32 q, accumulator, output
-    MLP        3 T I w, or T (3 (K Im + Is) w + 4 (K H + E)) with experts
+    w bytes an element, 4 where an op makes a float32 copy. The stream, the largest layer and the rope table:
+
+    stream     3 T H w                           the residual, its norm, the layer's output
+    GDN        T (C + nv dv) w + 4 T (2 C + nv (2 dk + 3 dv))    projections; convolution, q, k, v, output
+    attention  T (2 nq + 2 nkv) d w + 12 T nq d                  projections; query, sum, output
+               + 2048 r (2 nkv d (w + 4) + 8 m)  keys and values of 32 pages, their scores and weights, for r = 16
+                                                 decode rows of m = max(nq, 8 nkv), or one prefill row of m = 64 nq
+    MLP        3 T I (w + 4)                     gate, up, product
+    experts    3 T (Im + Is) (w + 4) + T K H (w + 4) + 20 T E    one expert may get every token; outputs; router
+    rope       4 L (rotary dims)
+
+    and each row: 8 nv dk dv for its state in one layer and a product of that size; 20 V for float32 logits,
+    their sorted copy with int64 ids, and probabilities.
     """
-    channels, dim, heads = config.conv_channels, config.head_dim, config.gdn_value_heads
-    values = heads * config.gdn_value_dim
-    float32 = 2 * channels + 2 * heads * config.gdn_key_dim + 3 * values + 4 * heads * _CHUNK
-    gdn = (channels + values) * width + _FLOAT32 * float32
-    attention = 2 * (config.num_heads + config.num_kv_heads) * dim * width + _FLOAT32 * 3 * config.num_heads * dim
-    mlp = 3 * config.intermediate_size * width
+    both, hidden = width + _FLOAT32, config.hidden_size
+    values = config.gdn_value_heads * config.gdn_value_dim
+    gdn_float32 = 2 * config.conv_channels + 2 * config.gdn_value_heads * config.gdn_key_dim + 3 * values
+    gdn = tokens * ((config.conv_channels + values) * width + _FLOAT32 * gdn_float32)
+
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    decode = 16 * (2 * keys * both + 8 * max(config.num_heads, 8 * config.num_kv_heads))
+    prefill = 2 * keys * both + 8 * 64 * config.num_heads
+    attention = tokens * (2 * (queries + keys) * width + 12 * queries) + 2048 * max(decode, prefill)
+
+    mlp = 3 * tokens * config.intermediate_size * both
     if moe := config.moe:
-        inner = moe.experts_per_token * moe.intermediate_size + moe.shared_intermediate_size
-        mlp = 3 * inner * width + _FLOAT32 * (moe.experts_per_token * config.hidden_size + moe.num_experts)
-    return tokens * (3 * config.hidden_size * width + max(gdn, attention, mlp))
+        inner = 3 * (moe.intermediate_size + moe.shared_intermediate_size) + moe.experts_per_token * hidden
+        mlp = tokens * (inner * both + 20 * moe.num_experts)
 
-
-def logits_bytes(config: ModelConfig) -> int:
-    """Of one row that samples: float32 logits and probabilities, and the sorted logits with their int64 ids."""
-    return config.vocab_size * (3 * _FLOAT32 + 8)
+    rope = _FLOAT32 * positions * config.rope.rotary_dim
+    fixed = 3 * tokens * hidden * width + max(gdn, attention, mlp) + rope
+    return fixed, 8 * values * config.gdn_key_dim + 20 * config.vocab_size
 
 
 def pages_for(tokens: int) -> int:
