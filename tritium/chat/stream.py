@@ -1,0 +1,153 @@
+"""From sampled ids to what the caller sees: text, reasoning, tool calls and the end of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tritium.chat.detokenize import Detokenizer
+from tritium.chat.reasoning import ReasoningSplitter
+from tritium.chat.stop import StopMatcher
+from tritium.chat.tools import ToolParser
+from tritium.core.stages import ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What became certain with a push. Fields that it does not carry are empty."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    stopped_by: str | None = None
+    """The stop string, in the push that completed it."""
+
+
+class TextStream:
+    """ids -> text -> stop strings -> reasoning | answer -> text and tool calls.
+
+    Any split of the ids into pushes gives the same totals. Stop strings match the generated text as it is,
+    reasoning, tags and calls included (special tokens that are not shown are no part of it); what follows one is ignored.
+
+    Reasoning that ends in complete calls and is never closed was meant to act: the calls are given out. Followed
+    by anything, they are a part of the reasoning.
+    """
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: StopMatcher,
+        *,
+        splitter: ReasoningSplitter | None = None,
+        answer_tools: ToolParser | None = None,
+        reasoning_tools: ToolParser | None = None,
+        min_tokens: int = 0,
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._splitter = splitter
+        self._answer_tools = answer_tools
+        self._reasoning_tools = reasoning_tools
+        self._min_tokens = min_tokens
+        self._unclosed: list[tuple[str, ToolCall]] = []
+        self._undecided_tokens = 0
+        self._finished = False
+        self.stopped_by: str | None = None
+        self.tokens_used = 0
+        """Tokens pushed, up to and including the one that completed a stop string."""
+        self.reasoning_tokens = 0
+        """Tokens whose text is inside the reasoning, without its tags."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self.stopped_by is not None
+
+    def push(self, ids: Sequence[int], *, final: bool = False) -> TextDelta:
+        """The next tokens; `final` releases all that is held back. After the end everything is ignored."""
+        out = _Pieces()
+        if self._finished:
+            return out.delta(None)
+        for id in ids:
+            self.tokens_used += 1
+            self._token(id, out)
+            if self.stopped:
+                return out.delta(self.stopped_by)
+        if final:
+            self._take(self._detokenizer.flush(), out)
+            if not self.stopped:
+                self._finish(self._stops.flush(), out)
+        return out.delta(self.stopped_by)
+
+    def _token(self, id: int, out: _Pieces) -> None:
+        splitter = self._splitter
+        self._undecided_tokens += splitter is not None and splitter.inside
+        self._take(self._detokenizer.push([id]), out)
+        if splitter is None or not splitter.inside:
+            self._undecided_tokens = 0
+        elif not splitter.undecided:
+            self._count_reasoning()
+
+    def _count_reasoning(self) -> None:
+        self.reasoning_tokens += self._undecided_tokens
+        self._undecided_tokens = 0
+
+    def _take(self, text: str, out: _Pieces) -> None:
+        if not text:
+            return
+        text, self.stopped_by = self._stops.push(text, armed=self.tokens_used > self._min_tokens)
+        if self.stopped:
+            self._finish(text, out)
+        else:
+            self._split(text, out)
+
+    def _finish(self, text: str, out: _Pieces) -> None:
+        self._finished = True
+        self._split(text, out, final=True)
+        if self._splitter is not None and self._splitter.inside:
+            self._count_reasoning()
+
+    def _split(self, text: str, out: _Pieces, *, final: bool = False) -> None:
+        reasoning, answer = "", text
+        if self._splitter is not None:
+            reasoning, answer = self._splitter.push(text, final=final)
+            self._add_reasoning(reasoning, out, closed=not self._splitter.inside, final=final)
+        if self._answer_tools is None:
+            out.text.append(answer)
+            return
+        for written, call in self._answer_tools.push(answer, final=final):
+            if call is None:
+                out.text.append(written)
+            else:
+                out.calls.append(call)
+
+    def _add_reasoning(self, text: str, out: _Pieces, *, closed: bool, final: bool) -> None:
+        if self._reasoning_tools is None:
+            out.reasoning.append(text)
+            return
+        for written, call in self._reasoning_tools.push(text, final=closed or final):
+            if call is not None:
+                self._unclosed.append((written, call))
+            elif written:
+                self._release_unclosed(out)
+                out.reasoning.append(written)
+        if closed:
+            self._release_unclosed(out)
+        elif final:
+            out.calls.extend(call for _, call in self._unclosed)
+
+    def _release_unclosed(self, out: _Pieces) -> None:
+        out.reasoning.extend(written for written, _ in self._unclosed)
+        self._unclosed.clear()
+
+
+class _Pieces:
+    """What one push has gathered."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[ToolCall] = []
+
+    def delta(self, stopped_by: str | None) -> TextDelta:
+        return TextDelta("".join(self.text), "".join(self.reasoning), tuple(self.calls), stopped_by)

@@ -1,0 +1,86 @@
+"""Text to token ids and back, over the `tokenizers` library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from tritium.core.errors import CheckpointError, RequestError
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with padding and truncation off and clear errors.
+
+    Special tokens written in a text are read as the tokens they name, as a rendered chat template needs.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        inner.no_padding()
+        inner.no_truncation()
+        self._inner = inner
+        added = inner.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """One more than the largest id; a model's embedding may have more rows."""
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """Reads `tokenizer.json`. Raises `CheckpointError` when it is missing or cannot be read."""
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"no tokenizer.json in {directory}", hint="name one that has it with --tokenizer")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception
+            reason = one_line(error)
+            raise CheckpointError(f"{path} cannot be read: {reason}", hint="fetch the file again") from error
+
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids of `text`; `add_special` adds what the tokenizer itself puts around a text (a BOS, say).
+
+        Raises `RequestError` for what is no text: not a string, or a lone surrogate in it.
+        """
+        check_text(text, "prompt")
+        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; broken UTF-8 becomes U+FFFD, ids without a token are left out.
+
+        Raises `RequestError` for what cannot be an id.
+        """
+        for id in ids:
+            if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**32:
+                raise RequestError(f"{id!r} is not a token id", param="tokens")
+        text: str = self._inner.decode(ids, skip_special_tokens=skip_special)
+        return text
+
+    def token(self, id: int) -> str | None:
+        """The vocabulary entry of an id (not its text); None when there is none."""
+        entry: str | None = self._inner.id_to_token(id)
+        return entry
+
+    def token_id(self, token: str) -> int | None:
+        id: int | None = self._inner.token_to_id(token)
+        return id
+
+
+def check_text(text: object, param: str) -> str:
+    """`text` itself; `RequestError` naming `param` unless it is a string that UTF-8 can carry."""
+    if not isinstance(text, str):
+        raise RequestError(f"{param} must be a string, got {type(text).__name__}", param=param)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{param} has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}",
+            param=param,
+            hint="send valid Unicode",
+        ) from None
+    return text
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
