@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 
 
 def all_ops() -> list[Op]:
-    modules = [importlib.import_module(f"tritium.ops.{m.name}") for m in pkgutil.iter_modules(tritium.ops.__path__)]
+    modules = [
+        importlib.import_module(f"tritium.ops.{m.name}") for m in pkgutil.iter_modules(tritium.ops.__path__)
+    ]
     ops = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, Op)}
     return sorted(ops.values(), key=lambda op: op.spec.name)
 
@@ -48,7 +50,9 @@ def run(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int) -> dict[str
 
 
 @pytest.mark.parametrize(("op", "dims"), CASES)
-def test_float32_is_close_to_float64_and_half_precisions_to_their_rounding(op: Op, dims: dict[str, int], seed: int) -> None:
+def test_float32_is_close_to_float64_and_half_precisions_to_their_rounding(
+    op: Op, dims: dict[str, int], seed: int
+) -> None:
     truth = run(op, dims, torch.float64, seed)
     for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
         if dtype in op.spec.dtypes:
@@ -147,7 +151,9 @@ def test_attention_is_torchs_scaled_dot_product_over_gathered_pages(seed: int) -
 def test_attention_inputs_turn_norm_and_write(seed: int) -> None:
     heads, groups, dim, half, position = 2, 1, 12, 3, 70
     x, qw, kw = draw(seed, 1, 2 * heads * dim + 2 * groups * dim), draw(seed + 1, dim), draw(seed + 2, dim)
-    angle = torch.outer(torch.arange(100, dtype=torch.float64), torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64))
+    angle = torch.outer(
+        torch.arange(100, dtype=torch.float64), torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64)
+    )
     k_pages, v_pages = (torch.zeros(4, groups, 64, dim, dtype=torch.float64) for _ in range(2))
     q, gate = attention_inputs(
         x_TE=x, q_norm_D=qw, k_norm_D=kw, eps=1e-6, table_LF2=torch.stack([angle.cos(), angle.sin()], -1),
@@ -156,7 +162,9 @@ def test_attention_inputs_turn_norm_and_write(seed: int) -> None:
 
     def expected(y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         y = y / (y.pow(2).mean() + 1e-6).sqrt() * (1 + w)
-        turned = torch.complex(y[:half], y[half : 2 * half]) * torch.polar(torch.ones(half).double(), angle[position])
+        turned = torch.complex(y[:half], y[half : 2 * half]) * torch.polar(
+            torch.ones(half).double(), angle[position]
+        )
         return torch.cat([turned.real, turned.imag, y[2 * half :]])
 
     for head in range(heads):
@@ -169,7 +177,12 @@ def test_attention_inputs_turn_norm_and_write(seed: int) -> None:
 
 def test_experts_are_a_loop_over_tokens(seed: int) -> None:
     tokens, e, k, h, i = 9, 5, 3, 8, 6
-    x, gate_up, down, logits = draw(seed, tokens, h), draw(seed + 1, e, 2 * i, h), draw(seed + 2, e, h, i), draw(seed + 3, tokens, e)
+    x, gate_up, down, logits = (
+        draw(seed, tokens, h),
+        draw(seed + 1, e, 2 * i, h),
+        draw(seed + 2, e, h, i),
+        draw(seed + 3, tokens, e),
+    )
     expert, weight = router_top_k(logits_TE=logits, k=k)
     y = experts(x_TH=x, expert_TK=expert, weight_TK=weight, gate_up_EJH=gate_up, down_EHI=down)
     for t in range(tokens):
@@ -177,7 +190,9 @@ def test_experts_are_a_loop_over_tokens(seed: int) -> None:
         best = sorted(range(e), key=lambda j: -p[j])[:k]
         assert expert[t].tolist() == best
         want = sum(
-            p[j] / p[best].sum() * (down[j] @ (torch.nn.functional.silu(gate_up[j, :i] @ x[t]) * (gate_up[j, i:] @ x[t])))
+            p[j]
+            / p[best].sum()
+            * (down[j] @ (torch.nn.functional.silu(gate_up[j, :i] @ x[t]) * (gate_up[j, i:] @ x[t])))
             for j in best
         )
         torch.testing.assert_close(y[t], want)

@@ -241,3 +241,5 @@ class EngineStats:
     steps: int = 0
     draft_proposed: int = 0
     draft_accepted: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time by phase: schedule, prepare, forward, sample, draft."""

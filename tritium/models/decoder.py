@@ -116,7 +116,9 @@ class MtpHead:
 def rope_table(config: ModelConfig, positions: int, device: torch.device) -> torch.Tensor:
     """cos and sin of every position, [L, F, 2] float32, scaled by YaRN's attention factor."""
     frequencies, factor = inverse_frequencies(config.rope)
-    angles_LF = torch.arange(positions, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
+    angles_LF = torch.arange(positions, dtype=torch.float32)[:, None] * torch.tensor(
+        frequencies, dtype=torch.float32
+    )
     return (torch.stack([angles_LF.cos(), angles_LF.sin()], dim=-1) * factor).to(device)
 
 

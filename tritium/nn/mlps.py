@@ -32,13 +32,19 @@ class SparseMoe:
         self.gate_up_EJH = parameters[f"{prefix}.experts_gate_up.weight"]
         self.down_EHI = parameters[f"{prefix}.experts_down.weight"]
         self.shared_gate = parameters[f"{prefix}.shared_gate.weight"]
-        self.shared = Mlp(parameters[f"{prefix}.shared_gate_up.weight"], parameters[f"{prefix}.shared_down.weight"])
+        self.shared = Mlp(
+            parameters[f"{prefix}.shared_gate_up.weight"], parameters[f"{prefix}.shared_down.weight"]
+        )
         self.k = experts_per_token
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         expert_TK, weight_TK = router_top_k(logits_TE=linear(x_MK=x_TH, w_NK=self.router), k=self.k)
         routed_TH = experts(
-            x_TH=x_TH, expert_TK=expert_TK, weight_TK=weight_TK, gate_up_EJH=self.gate_up_EJH, down_EHI=self.down_EHI
+            x_TH=x_TH,
+            expert_TK=expert_TK,
+            weight_TK=weight_TK,
+            gate_up_EJH=self.gate_up_EJH,
+            down_EHI=self.down_EHI,
         )
         gate_T1 = sigmoid(linear(x_MK=x_TH, w_NK=self.shared_gate).float())
         return routed_TH + (gate_T1 * self.shared(x_TH)).to(x_TH.dtype)

@@ -81,9 +81,11 @@ def reference(
         index_BM = spans.tensor([[spans.starts[r] + first + i for i in range(count)] for r in rows])
         last = max(spans.contexts[r] + first + count for r in rows)
         pages_BP = spans.pages_RP[spans.tensor(rows), : -(-last // PAGE)]
-        o_TGMD[index_BM.view(-1)] = _attend(
-            q_TGMD[index_BM], spans.positions_T[index_BM], pages_BP, k_pages, v_pages
-        ).to(q_TND.dtype).view(-1, *q_TGMD.shape[1:])
+        o_TGMD[index_BM.view(-1)] = (
+            _attend(q_TGMD[index_BM], spans.positions_T[index_BM], pages_BP, k_pages, v_pages)
+            .to(q_TND.dtype)
+            .view(-1, *q_TGMD.shape[1:])
+        )
     gate = sigmoid(gate_TND.to(wide(gate_TND.dtype)))
     return (o_TGMD.view(tokens, heads, dim) * gate).to(q_TND.dtype)
 
@@ -118,11 +120,11 @@ def _attend(
     total_BGM = q_BGMD.new_zeros(b * groups, rows)
     top_BGM = q_BGMD.new_full((b * groups, rows), -torch.inf)
     for p0 in range(0, pages_BP.shape[1], PAGE_BLOCK):
-        pages_BP_now = pages_BP[:, p0 : p0 + PAGE_BLOCK]
-        p = pages_BP_now.shape[1]
+        pages_PB = pages_BP[:, p0 : p0 + PAGE_BLOCK].t().contiguous()
+        p = len(pages_PB)
         key_at_PS = (p0 * PAGE + torch.arange(p * PAGE, device=q_BGMD.device)).view(p, PAGE)
-        k_PBGSD = k_pages[pages_BP_now.t()].to(compute)
-        v_PBGSD = v_pages[pages_BP_now.t()].to(compute)
+        k_PBGSD = k_pages[pages_PB].to(compute)
+        v_PBGSD = v_pages[pages_PB].to(compute)
         # Beyond a row's end lies whatever the page held before; zero weights must not meet an infinity there.
         beyond_PBS = key_at_PS[:, None] > positions_BM.amax(1)[None, :, None]
         v_PBGSD.masked_fill_(beyond_PBS[:, :, None, :, None], 0.0)

@@ -34,7 +34,9 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "table_LF2": torch.stack([angles_LF.cos(), angles_LF.sin()], dim=-1),
         "k_pages": torch.zeros(8, g, 64, d, dtype=dtype),
         "v_pages": torch.zeros(8, g, 64, d, dtype=dtype),
-        "spans": Spans(lengths, contexts, (1, 2)[: len(lengths)], ((3, 1, 2), (5, 6, 4))[: len(lengths)], torch.device("cpu")),
+        "spans": Spans(
+            lengths, contexts, (1, 2)[: len(lengths)], ((3, 1, 2), (5, 6, 4))[: len(lengths)], torch.device("cpu")
+        ),
     }
 
 
@@ -78,7 +80,9 @@ def reference(
     return q_TND, gate_TND
 
 
-def _normed_and_turned(x_TND: torch.Tensor, w_D: torch.Tensor, eps: float, turns_TF2: torch.Tensor) -> torch.Tensor:
+def _normed_and_turned(
+    x_TND: torch.Tensor, w_D: torch.Tensor, eps: float, turns_TF2: torch.Tensor
+) -> torch.Tensor:
     x = x_TND.to(wide(x_TND.dtype))
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1.0 + w_D)
     half = turns_TF2.shape[1]

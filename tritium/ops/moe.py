@@ -52,9 +52,7 @@ EXPERTS_SPEC = OpSpec(
     cases=({"T": 1, "E": 3, "K": 2, "H": 40, "I": 24}, {"T": 21, "E": 8, "K": 3, "H": 64, "I": 33}),
     inputs=_experts_inputs,
     results=lambda arguments, returned: {"y_TH": returned},
-    bytes_moved=lambda d, size: (
-        size * (min(d["E"], d["T"] * d["K"]) * 3 * d["I"] * d["H"] + 2 * d["T"] * d["H"])
-    ),
+    bytes_moved=lambda d, size: size * (min(d["E"], d["T"] * d["K"]) * 3 * d["I"] * d["H"] + 2 * d["T"] * d["H"]),
     flops=lambda d: 6 * d["T"] * d["K"] * d["I"] * d["H"],
     tuning_key=("E", "K", "H", "I"),
 )

@@ -1,0 +1,166 @@
+"""The engine: plan, execute, commit. Token ids in, token ids out.
+
+Not thread safe: one thread owns an engine. `tritium.api` is the door for everybody else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tritium.cache import PagePool, SlotPool
+from tritium.config import EngineConfig
+from tritium.core import EngineStats, Request, TokenEvent
+from tritium.engine.memory_plan import MemoryPlan, plan_memory
+from tritium.models.config import ModelConfig
+from tritium.runner import Runner
+from tritium.sched import Limits, Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Requests in, `TokenEvent`s out, a step at a time."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        plan: MemoryPlan,
+        pages: PagePool,
+        slots: SlotPool,
+        directory: Path,
+        generation_defaults: Mapping[str, Any],
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.memory_plan = plan
+        self.directory = directory
+        self.generation_defaults = generation_defaults
+        self._pages, self._slots = pages, slots
+        self._drafts: dict[str, int | None] = {}
+        self._counts = {
+            "prompt_tokens": 0,
+            "generated_tokens": 0,
+            "steps": 0,
+            "draft_proposed": 0,
+            "draft_accepted": 0,
+        }
+        self._schedule_seconds = 0.0
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Engine:
+        """Finds the checkpoint, plans the memory, prints the plan, then loads.
+
+        Raises `CheckpointError`, `ConfigError` or `CapacityError` before any weight is read where it can.
+        """
+        import torch
+
+        from tritium.hw import probe
+        from tritium.models.checkpoint import load_parameters, open_checkpoint, read_json, resolve
+        from tritium.models.decoder import Decoder, allocate_caches
+
+        target = probe(config.device)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        directory = resolve(config.model, config.revision, config.download_dir)
+        checkpoint = open_checkpoint(directory)
+        plan = plan_memory(checkpoint.config, config, target)
+        log.info("%s", plan.table())
+        dtype, device = getattr(torch, plan.dtype), torch.device(target.device)
+        parameters = load_parameters(checkpoint, dtype=dtype, device=device, progress=config.show_progress)
+        model = Decoder(parameters, checkpoint.config, plan.max_model_len)
+        caches = allocate_caches(
+            checkpoint.config, pages=plan.num_pages, slots=plan.num_slots, dtype=dtype, device=device
+        )
+        pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots)
+        limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len)
+        generation = directory / "generation_config.json"
+        return cls(
+            Runner(model, caches, probe_drafts=config.probe_drafts),
+            Scheduler(limits, pages, slots),
+            plan=plan,
+            pages=pages,
+            slots=slots,
+            directory=directory,
+            generation_defaults=read_json(generation) if generation.exists() else {},
+        )
+
+    # --- the loop --------------------------------------------------------------------------------------------
+
+    def step(self) -> list[TokenEvent]:
+        """One step for everything that can run. An exception from here means that the engine cannot go on."""
+        begin = time.perf_counter()
+        plan = self.scheduler.plan()
+        self._schedule_seconds += time.perf_counter() - begin
+        if plan is None:
+            return []
+        result = self.runner.execute(plan)
+        begin = time.perf_counter()
+        events = self.scheduler.commit(plan, result)
+        self._count(events)
+        self._schedule_seconds += time.perf_counter() - begin
+        return events
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises `RequestError` when it can never be served."""
+        request.eos_ids = frozenset(self.model_config.eos_ids)
+        self.scheduler.add(request)
+        self._counts["prompt_tokens"] += len(request.prompt_ids)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request at once and gives back all it holds; False when it is not (or no longer) known."""
+        self._drafts.pop(request_id, None)
+        return self.scheduler.abort(request_id)
+
+    def close(self) -> None:
+        """Nothing runs in the background and nothing is open; here for engines that have more."""
+
+    # --- what it tells of itself -----------------------------------------------------------------------------
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.runner.model.config
+
+    @property
+    def max_model_len(self) -> int:
+        return self.memory_plan.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.memory_plan.num_slots
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            pages_used=self._pages.num_used,
+            pages_total=self._pages.num_total,
+            slots_used=self._slots.num_used,
+            slots_total=self._slots.num_total,
+            preemptions=self.scheduler.preemptions,
+            **self._counts,
+            seconds={"schedule": self._schedule_seconds, **self.runner.seconds},
+        )
+
+    def _count(self, events: list[TokenEvent]) -> None:
+        """Tokens, and how often the guess of the step before was the token of this one."""
+        self._counts["steps"] += 1
+        for event in events:
+            self._counts["generated_tokens"] += len(event.tokens)
+            if not self.runner.probe_drafts or not event.tokens:
+                continue
+            guess = self._drafts.pop(event.request_id, None)
+            if guess is not None:
+                self._counts["draft_proposed"] += 1
+                self._counts["draft_accepted"] += guess == event.tokens[0]
+            if event.finish_reason is None:
+                self._drafts[event.request_id] = event.drafts[-1]
