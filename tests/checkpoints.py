@@ -1,4 +1,4 @@
-"""Random checkpoints of the family, written by Transformers itself: small, seeded, every path of the network live."""
+"""Random checkpoints of the family, written by Transformers: small, seeded, every path of the network live."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def hf_config(spec: Spec) -> Any:
         text |= {"intermediate_size": 2 * spec.hidden}
     if not spec.nested:
         return (tf.Qwen3_5MoeTextConfig if spec.moe else tf.Qwen3_5TextConfig)(**text)
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": spec.hidden}
-    vision |= {"num_position_embeddings": 16}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
+    vision |= {"num_position_embeddings": 16, "out_hidden_size": spec.hidden}
     outer = tf.Qwen3_5MoeConfig if spec.moe else tf.Qwen3_5Config
     return outer(text_config=text, vision_config=vision, tie_word_embeddings=spec.tied)
 
@@ -143,7 +143,7 @@ def hf_model(spec: Spec) -> Any:
 
 
 def random_weight(name: str, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Well-scaled noise for the tensor `name`: matrices keep the variance of their input, norms lie around theirs."""
+    """Well-scaled noise for the tensor `name`: matrices keep the variance of their input."""
     noise = torch.randn(tuple(shape), generator=generator)
     if name.endswith("linear_attn.norm.weight"):
         return 1 + 0.3 * noise
@@ -177,7 +177,8 @@ def mtp_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
         layer |= {"mlp.gate.weight": (spec.experts, H), "mlp.shared_expert_gate.weight": (1, H)}
         layer |= {f"mlp.shared_expert.{n}_proj.weight": (48, H) for n in ("gate", "up")}
         layer |= {"mlp.shared_expert.down_proj.weight": (H, 48)}
-        layer |= {"mlp.experts.gate_up_proj": (spec.experts, 64, H), "mlp.experts.down_proj": (spec.experts, H, 32)}
+        layer |= {"mlp.experts.gate_up_proj": (spec.experts, 64, H)}
+        layer |= {"mlp.experts.down_proj": (spec.experts, H, 32)}
     else:
         layer |= {f"mlp.{n}_proj.weight": (2 * H, H) for n in ("gate", "up")}
         layer |= {"mlp.down_proj.weight": (H, 2 * H)}
@@ -209,7 +210,8 @@ def write_tensors(directory: Path, tensors: dict[str, torch.Tensor], *, shards: 
     for old in [*directory.glob("*.safetensors"), *directory.glob(INDEX)]:
         old.unlink()
     if shards == 1:
-        return save_file(tensors, directory / "model.safetensors")
+        save_file(tensors, directory / "model.safetensors")
+        return
     files = {n: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(sorted(tensors))}
     for file in sorted(set(files.values())):
         save_file({n: t for n, t in tensors.items() if files[n] == file}, directory / file)

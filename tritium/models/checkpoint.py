@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+_AGAIN = "download it again"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
@@ -66,12 +67,12 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
             raise CheckpointError(f"this installation does not contain {model}", hint="install a released version")
         return directory
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.suffix == ".gguf" or model.lower().endswith("-gguf"):
         raise CheckpointError(f"{model}: GGUF is not supported", hint="use the model's safetensors checkpoint")
-    if path.exists():
-        raise CheckpointError(f"{model} is a file", hint="give the directory that holds config.json and the weights")
+    if model and path.exists():
+        raise CheckpointError(f"{model} is a file", hint="give the directory of config.json and the weights")
     if not _HUB_NAME.fullmatch(model) or model.startswith("."):
         embedded = ", ".join(EMBEDDED)
         raise CheckpointError(f"there is no directory {model}", hint=f"a directory, owner/name, or {embedded}")
@@ -84,7 +85,8 @@ def _download(model: str, revision: str | None, download_dir: str | None) -> Pat
 
     at = f"{model} (revision {revision})" if revision else model
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=_DOWNLOADED))
+        found = snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=_DOWNLOADED)
+        return Path(found)
     except errors.GatedRepoError as e:
         raise CheckpointError(
             f"{model} is gated", hint="accept its terms on huggingface.co and log in with `hf auth login`"
@@ -102,7 +104,7 @@ def _download(model: str, revision: str | None, download_dir: str | None) -> Pat
             hint="check the network, or give a local directory",
         ) from e
     except (errors.HfHubHTTPError, OSError) as e:
-        raise CheckpointError(f"downloading {at} failed: {_one_line(e)}", hint="run again: downloads resume") from e
+        raise CheckpointError(f"downloading {at} failed: {_one_line(e)}", hint="run again to resume") from e
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -151,9 +153,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name}", hint="give a directory with a checkpoint in Hugging Face format"
         ) from e
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(e)}", hint="download it again") from e
+        raise CheckpointError(f"{path} cannot be read: {_one_line(e)}", hint=_AGAIN) from e
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object", hint="download it again")
+        raise CheckpointError(f"{path} must hold a JSON object", hint=_AGAIN)
     return value
 
 
@@ -163,30 +165,30 @@ def _stored_tensors(directory: Path) -> list[StoredTensor]:
         return [tensor for file in _unindexed_files(directory) for tensor in _header(file)]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map", hint="download it again")
+        raise CheckpointError(f"{index} has no weight_map", hint=_AGAIN)
     files = sorted(set(weight_map.values()))
     missing = [f for f in files if not (directory / f).is_file()]
     if missing:
-        raise CheckpointError(f"{directory}: {INDEX} names files that are absent: {_some(missing)}", hint="download")
+        raise CheckpointError(f"{directory}: files of {INDEX} are absent: {_some(missing)}", hint=_AGAIN)
     stored = [tensor for f in files for tensor in _header(directory / f)]
     absent = sorted(set(weight_map) - {t.name for t in stored})
     if absent:
-        raise CheckpointError(f"{directory}: {INDEX} names tensors that no file holds: {_some(absent)}")
+        raise CheckpointError(f"{directory}: tensors of {INDEX} are in no file: {_some(absent)}", hint=_AGAIN)
     return stored
 
 
 def _unindexed_files(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        other = sorted(p.name for pattern in ("*.bin", "*.gguf", "*.pt", "*.pth") for p in directory.glob(pattern))
+        other = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".gguf", ".pt", ".pth"))
         found = f" (found {_some(other)})" if other else ""
-        raise CheckpointError(f"{directory} has no *.safetensors file{found}", hint="only safetensors can be loaded")
+        raise CheckpointError(f"{directory} has no *.safetensors file{found}", hint="only these can be loaded")
     for match in (m for m in (_SHARD.fullmatch(f.name) for f in files) if m):
         stem, count = match[1], match[3]
         names = [f"{stem}-{i:0{len(match[2])}d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
         missing = [n for n in names if not (directory / n).is_file()]
         if missing:
-            raise CheckpointError(f"{directory}: shards are missing: {_some(missing)}", hint="download it again")
+            raise CheckpointError(f"{directory}: shards are missing: {_some(missing)}", hint=_AGAIN)
     return files
 
 
@@ -200,7 +202,7 @@ def _opened(file: Path) -> Iterator[Any]:
         if file.is_file() and file.open("rb").read(24).startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{file} is a git-lfs pointer, not weights", hint="run `git lfs pull`") from e
         raise CheckpointError(
-            f"{file} is damaged or truncated: {_one_line(e)}", hint="delete it and download it again"
+            f"{file} is damaged or truncated: {_one_line(e)}", hint=_AGAIN
         ) from e
 
 
@@ -226,7 +228,7 @@ def _settle(config: ModelConfig, raw: dict[str, Any], stored: dict[str, StoredTe
     if embed and not any(declared):
         config = replace(config, dtype=_DTYPES.get(embed.dtype, config.dtype))
     if config.mtp_layers and not any(name.startswith("mtp.") for name in stored):
-        log.warning("config.json announces an MTP head, but the checkpoint has no mtp.* tensor: continuing without")
+        log.warning("config.json announces an MTP head, but there is no mtp.* tensor: continuing without it")
         config = replace(config, mtp_layers=0)
     if config.tied_embeddings and embed and head and not _equal(embed, head):
         log.warning("tie_word_embeddings is set, but lm_head.weight differs from the embeddings: using both")
@@ -239,7 +241,9 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
         return torch.equal(file_a.get_tensor(a.name), file_b.get_tensor(b.name))
 
 
-def _account(directory: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[StoredTensor, Placement]:
+def _account(
+    directory: Path, config: ModelConfig, stored: dict[str, StoredTensor]
+) -> dict[StoredTensor, Placement]:
     """Pair tensors and regions; raise unless every tensor is used or ignored and every region filled once."""
     ignored = {name for name in stored if name.startswith(IGNORED)}
     tied = {"lm_head.weight"} if config.tied_embeddings else set()
@@ -285,7 +289,7 @@ def _check_filled_once(
             missing += [name for name in absent if (places[name].expert is not None) == each]
     if missing:
         raise CheckpointError(
-            f"{directory}: tensors are missing: {_some(missing)}", hint="is the download complete, is it this model?"
+            f"{directory}: tensors are missing: {_some(missing)}", hint="is the download complete?"
         )
 
 

@@ -34,17 +34,18 @@ _SWITCHES: dict[str, tuple[Any, ...]] = {
 }
 """Keys that change the mathematics, with the values that are supported, the default first."""
 
-_HARMLESS = frozenset(
-    "architectures model_type transformers_version _name_or_path use_cache initializer_range attention_dropout "
-    "bos_token_id eos_token_id pad_token_id sep_token_id dtype torch_dtype tie_word_embeddings return_dict "
-    "output_hidden_states output_attentions output_router_logits router_aux_loss_coef chunk_size_feed_forward "
-    "is_encoder_decoder id2label label2id problem_type quantization_config compression_config "
-    "vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id "
-    "language_model_only".split()
-)
+_HARMLESS = frozenset((
+    "architectures", "model_type", "transformers_version", "_name_or_path", "problem_type", "id2label", "label2id",
+    "use_cache", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
+    "initializer_range", "attention_dropout", "output_router_logits", "router_aux_loss_coef", "is_encoder_decoder",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "dtype", "torch_dtype", "tie_word_embeddings",
+    "quantization_config", "compression_config", "language_model_only", "vision_config", "image_token_id",
+    "video_token_id", "vision_start_token_id", "vision_end_token_id",
+))  # fmt: skip
 """Keys that do not change what the text model computes at inference (vision ones belong to the unloaded tower)."""
 
 _HARMLESS_OUTER = _HARMLESS | {"text_config"}
+
 _HARMLESS_ROPE = frozenset(("mrope_section", "mrope_interleaved", "type"))
 """mRoPE tells apart time, height and width of an image; for text the three positions are equal."""
 
@@ -216,7 +217,8 @@ class _Fields:
 
     def error(self, key: str, value: Any, supported: str) -> ConfigError:
         return ConfigError(
-            f"config.json: {self.prefix}{key} = {json.dumps(value)} is not supported", hint=f"supported: {supported}"
+            f"config.json: {self.prefix}{key} = {json.dumps(value)} is not supported",
+            hint=f"supported: {supported}",
         )
 
     def unknown(self, harmless: frozenset[str]) -> list[str]:

@@ -91,7 +91,7 @@ class _Declaration:
         self.stacked(parameter, "matrix", (source, (rows, columns)))
 
     def experts(self, parameter: str, fused: str, shape: Shape, each: Callable[[int], list[str]]) -> None:
-        """`parameter` [E, rows, columns] is one tensor of that shape, or for each expert e the matrices `each(e)`."""
+        """`parameter` [E, rows, columns]: one such tensor, or the matrices `each(e)` of every expert e."""
         self.specs[parameter] = ParameterSpec(shape, "matrix")
         self.places[fused] = Placement(parameter, shape, 0, shape[0])
         for expert in range(shape[0]):
@@ -126,7 +126,7 @@ def _layer(d: _Declaration, config: ModelConfig, to: str, source: str, *, full: 
         _gdn(d, config, f"{to}.gdn", f"{source}.linear_attn")
     d.vector(f"{to}.post_norm.weight", f"{source}.post_attention_layernorm.weight", config.hidden_size)
     if config.moe is None:
-        _mlp(d, f"{to}.mlp.gate_up.weight", f"{to}.mlp.down.weight", f"{source}.mlp", config.intermediate_size, config)
+        _mlp(d, config, f"{to}.mlp.", f"{source}.mlp", config.intermediate_size)
     else:
         _moe(d, config, f"{to}.moe", f"{source}.mlp")
 
@@ -153,10 +153,11 @@ def _attention(d: _Declaration, config: ModelConfig, to: str, source: str) -> No
     d.matrix(f"{to}.o_proj.weight", f"{source}.o_proj.weight", H, q)
 
 
-def _mlp(d: _Declaration, gate_up: str, down: str, source: str, width: int, config: ModelConfig) -> None:
+def _mlp(d: _Declaration, config: ModelConfig, to: str, source: str, width: int) -> None:
     H = config.hidden_size
-    d.stacked(gate_up, "matrix", *((f"{source}.{n}_proj.weight", (width, H)) for n in ("gate", "up")))
-    d.matrix(down, f"{source}.down_proj.weight", H, width)
+    sources = ((f"{source}.{n}_proj.weight", (width, H)) for n in ("gate", "up"))
+    d.stacked(f"{to}gate_up.weight", "matrix", *sources)
+    d.matrix(f"{to}down.weight", f"{source}.down_proj.weight", H, width)
 
 
 def _moe(d: _Declaration, config: ModelConfig, to: str, source: str) -> None:
@@ -177,5 +178,4 @@ def _moe(d: _Declaration, config: ModelConfig, to: str, source: str) -> None:
         lambda e: [f"{experts}.{e}.down_proj.weight"],
     )
     d.matrix(f"{to}.shared_gate.weight", f"{source}.shared_expert_gate.weight", 1, H)
-    shared = config.moe.shared_intermediate_size
-    _mlp(d, f"{to}.shared_gate_up.weight", f"{to}.shared_down.weight", f"{source}.shared_expert", shared, config)
+    _mlp(d, config, f"{to}.shared_", f"{source}.shared_expert", config.moe.shared_intermediate_size)
