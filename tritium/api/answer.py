@@ -1,0 +1,112 @@
+"""From the engine's token events to what a caller reads: text, reasoning, tool calls, exact usage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tritium.chat import TextStream
+from tritium.core import Event, FinishReason, Request, Timing, TokenEvent, TokenLogprob, ToolCall, Usage
+
+
+class Answer:
+    """One choice while it is generated: the engine's request and the text that its tokens become."""
+
+    def __init__(self, request: Request, index: int, text: TextStream, *, keep_stop: bool = False) -> None:
+        self.request = request
+        self.index = index
+        self.finished = False
+        self._text = text
+        self._keep_stop = keep_stop
+        self._completion_tokens = 0
+        self._called_tools = False
+
+    def take(self, event: TokenEvent) -> Event:
+        """The event as text. A stop string ends the answer at the very token that completed it: later tokens of
+        the same event are neither shown nor counted. The token that ended the generation counts, but has no text.
+        """
+        silent = event.stop_token is not None and not self._keep_stop
+        before = self._text.tokens_used
+        delta = self._text.push(event.tokens[:-1] if silent else event.tokens, final=event.finish_reason is not None)
+        used = len(event.tokens) if delta.stopped_by is None else self._text.tokens_used - before
+        self._completion_tokens += used
+        self._called_tools |= bool(delta.tool_calls)
+        reason = event.finish_reason if delta.stopped_by is None else FinishReason.STOP
+        self.finished = reason is not None
+        if reason is FinishReason.STOP and self._called_tools:
+            reason = FinishReason.TOOL_CALLS
+        return Event(
+            index=self.index,
+            text=delta.text,
+            reasoning=delta.reasoning,
+            tool_calls=delta.tool_calls,
+            token_ids=event.tokens[:used],
+            logprobs=event.logprobs[:used],
+            prompt_logprobs=event.prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=event.stop_token if delta.stopped_by is None else delta.stopped_by,
+            usage=self.usage if self.finished else None,
+            timing=self._timing(event) if self.finished else None,
+            error=event.error,
+        )
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.request.prompt_ids), self._completion_tokens, self._text.reasoning_tokens)
+
+    def _timing(self, event: TokenEvent) -> Timing:
+        """The engine's, or, where a stop string ended the answer before the engine did, the same as of now."""
+        if event.timing is not None:
+            return event.timing
+        now, request = time.monotonic(), self.request
+        first = now if request.first_token_at is None else request.first_token_at
+        return Timing(first - request.arrived_at, now - request.arrived_at, self._completion_tokens,
+                      request.num_preemptions)
+
+
+def merge(events: Sequence[TokenEvent]) -> TokenEvent:
+    """Events of one request, oldest first, as one: what a reader that fell behind catches up with."""
+    if len(events) == 1:
+        return events[0]
+    last = events[-1]
+    return TokenEvent(
+        request_id=last.request_id,
+        tokens=tuple(token for event in events for token in event.tokens),
+        logprobs=tuple(entry for event in events for entry in event.logprobs),
+        prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
+        drafts=tuple(draft for event in events for draft in event.drafts),
+        finish_reason=last.finish_reason,
+        stop_token=last.stop_token,
+        error=last.error,
+        timing=last.timing,
+    )
+
+
+@dataclass(slots=True)
+class Completion:
+    """A whole answer: the sum of its events. `text` is the answer, `reasoning` what the model thought before it."""
+
+    index: int
+    prompt_ids: list[int]
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
+    timing: Timing | None = None
+
+    def absorb(self, event: Event) -> None:
+        self.text += event.text
+        self.reasoning += event.reasoning
+        self.tool_calls += event.tool_calls
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs
+        self.prompt_logprobs += event.prompt_logprobs
+        if event.finish_reason is not None:
+            self.finish_reason, self.stop_reason, self.timing = event.finish_reason, event.stop_reason, event.timing
+            self.usage = event.usage or self.usage

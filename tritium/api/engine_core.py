@@ -1,0 +1,50 @@
+"""What the api asks of an engine. `tritium.engine.Engine` and `ScriptedEngine` both answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tritium.core import EngineStats, Request, TokenEvent
+from tritium.models.config import ModelConfig
+
+
+class EngineCore(Protocol):
+    """Ids in, ids out, one step at a time. Not thread safe: after loading, all calls come from one thread."""
+
+    @property
+    def model_config(self) -> ModelConfig: ...
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoint's tokenizer and template are."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt plus output in one request."""
+        ...
+
+    @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """The checkpoint's generation_config.json; empty where it has none."""
+        ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `RequestError` for one that could never be served."""
+
+    def abort(self, request_id: str) -> bool:
+        """Give back all that the request holds, now; no event follows. False when it is not known (any more)."""
+        ...
+
+    def step(self) -> list[TokenEvent]:
+        """Plan, execute, commit. An exception from here means that the engine is dead."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
