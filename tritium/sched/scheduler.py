@@ -5,8 +5,9 @@ Arrival is kept over preemption.
 
 A step. First one token of each running request that has one token left to compute (decode rows), then prefill
 chunks of running requests, then chunks of newly admitted ones, oldest first each, until `max_num_batched_tokens`
-are planned. When there are more decode rows than budget, they take turns. Chunks end on absolute multiples of 64
-wherever the budget reaches one, so that a prefill is cut the same way wherever it resumes.
+are planned. Every decode row was a row of the step before, so there are never more of them than budget: each
+gets its token in every step. Chunks end on absolute multiples of 64 wherever the budget reaches one, so that a
+prefill is cut the same way wherever it resumes.
 
 Admission. The oldest waiting request enters when it finds a slot, a place among max_num_seqs, and free pages for
 all tokens that it knows (prompt, and outputs if it was preempted); it takes them at once. Nobody overtakes it.
@@ -23,8 +24,7 @@ one gives some up.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from tritium.cache import PagePool, SlotPool, pages_for
@@ -44,9 +44,6 @@ from tritium.core import (
 
 CHUNK_TOKENS = 64
 """Prefill chunks are cut on absolute multiples of this."""
-
-_FIRST = (-(2**63), -1)
-"""Before every request in the order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +72,6 @@ class Scheduler:
         self._waiting: list[Request] = []  # sorted by _order, as is _running
         self._running: list[Request] = []
         self._arrivals = 0
-        self._turn = _FIRST  # the decode row served last when not all could be
         self._tables: dict[str, tuple[int, ...]] = {}  # Request.pages as tuples, made once a page
 
     @property
@@ -113,11 +109,13 @@ class Scheduler:
         """The next step, or None when there is nothing to do. Rows know all that the runner needs."""
         preempted: list[str] = []
         budget = self.limits.max_num_batched_tokens
-        # request -> how far this step computes it; decode rows come first because they are inserted first
-        stops = {request: request.num_tokens for request in self._decode_rows(budget, preempted)}
+        stops: dict[Request, int] = {}  # how far this step computes each of its requests
+        for request in tuple(self._running):  # the victim of a page is always younger than who asks: not yet seen
+            if _decodes(request) and request.status is Status.RUNNING and self._grow(request, preempted):
+                stops[request] = request.num_tokens
         budget -= len(stops)
         for request in self._running:
-            if budget and request not in stops and not _decodes(request):
+            if budget and request not in stops:
                 stops[request] = _chunk_stop(request, budget)
                 budget -= stops[request] - request.num_computed
         while budget and not preempted and (admitted := self._admit()):
@@ -215,24 +213,7 @@ class Scheduler:
 
     # ---- planning ---------------------------------------------------------------------------------------------
 
-    def _decode_rows(self, budget: int, preempted: list[str]) -> Iterable[Request]:
-        """At most `budget` requests that have one token left to compute, each with a page for it."""
-        candidates = [request for request in self._running if _decodes(request)]
-        take_turns = len(candidates) > budget
-        if take_turns:
-            first = bisect_right(candidates, self._turn, key=_order)
-            candidates = candidates[first:] + candidates[:first]
-        chosen: dict[str, Request] = {}
-        for request in candidates:
-            if len(chosen) == budget:
-                break
-            if request.status is Status.RUNNING and self._grow(request, chosen, preempted):
-                chosen[request.id] = request
-                if take_turns:
-                    self._turn = _order(request)
-        return chosen.values()
-
-    def _grow(self, request: Request, chosen: dict[str, Request], preempted: list[str]) -> bool:
+    def _grow(self, request: Request, preempted: list[str]) -> bool:
         """A page for the request's last token, at the cost of the youngest; False when that is itself."""
         if len(request.pages) >= pages_for(request.num_tokens):
             return True
@@ -240,7 +221,6 @@ class Scheduler:
             victim = self._running[-1]
             self._preempt(victim)
             preempted.append(victim.id)
-            chosen.pop(victim.id, None)
             if victim is request:
                 return False
         request.pages += self._pages.allocate(1)
