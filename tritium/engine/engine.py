@@ -21,6 +21,8 @@ from tritium.sched import Limits, Scheduler
 
 log = logging.getLogger(__name__)
 
+_MANY_THREADS_BYTES = 64 << 20
+
 
 class Engine:
     """Requests in, `TokenEvent`s out, a step at a time."""
@@ -65,12 +67,12 @@ class Engine:
         from tritium.models.decoder import Decoder, allocate_caches
 
         target = probe(config.device)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         directory = resolve(config.model, config.revision, config.download_dir)
         checkpoint = open_checkpoint(directory)
         plan = plan_memory(checkpoint.config, config, target)
         log.info("%s", plan.table())
+        if not target.is_gpu:
+            torch.set_num_threads(config.num_threads or _threads(plan, target.cores))
         dtype, device = getattr(torch, plan.dtype), torch.device(target.device)
         parameters = load_parameters(checkpoint, dtype=dtype, device=device, progress=config.show_progress)
         model = Decoder(parameters, checkpoint.config, plan.max_model_len)
@@ -164,3 +166,9 @@ class Engine:
                 self._counts["draft_accepted"] += guess == event.tokens[0]
             if event.finish_reason is None:
                 self._drafts[event.request_id] = event.drafts[-1]
+
+
+def _threads(plan: MemoryPlan, cores: int) -> int:
+    """Threads of a CPU. A small network's products are shorter than the barriers between threads: it takes one core
+    and leaves the others to the server, whose event loop would otherwise stall every barrier."""
+    return cores if plan.weights >= _MANY_THREADS_BYTES else 1

@@ -51,9 +51,15 @@ def reference(*, x_TC: torch.Tensor, w_CW: torch.Tensor, state: torch.Tensor, sp
     inputs = torch.cat([stored_RWC.reshape(-1, x_TC.shape[1]).to(x_TC.dtype), x_TC])
     taps_TW, tail_RW = spans.conv_taps(w_CW.shape[1])
     compute = wide(x_TC.dtype)
-    y_TC = inputs[taps_TW[:, 0]].to(compute) * w_CW[:, 0]
+
+    def tap(j: int) -> torch.Tensor:
+        # One row's inputs stand in order, so its taps are views.
+        inputs_TC = inputs[j : j + len(x_TC)] if spans.num_rows == 1 else inputs[taps_TW[:, j]]
+        return inputs_TC.to(compute) * w_CW[:, j]
+
+    y_TC = tap(0)
     for j in range(1, keep + 1):
-        y_TC = y_TC + inputs[taps_TW[:, j]].to(compute) * w_CW[:, j]
+        y_TC = y_TC + tap(j)
     state.index_copy_(0, spans.slots_R, inputs[tail_RW].to(state.dtype))
     return silu(y_TC).to(x_TC.dtype)
 

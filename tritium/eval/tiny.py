@@ -1,0 +1,79 @@
+"""`tritium eval tiny`: what an embedded model can do, on problems that its training never showed.
+
+Greedy decoding through the whole engine (template, scheduler, paged cache, text stream). Every figure is a share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tritium.api import LLM, Completion
+from tritium.config import EngineConfig
+from tritium.eval import tasks
+
+SEED = 20_000
+"""Of the held-out problems; training draws from another split and other seeds."""
+
+TARGETS = {"word_problems": 0.90, "tool_calls": 0.95, "recall": 0.95, "mtp_acceptance": 0.70}
+"""What the embedded models must reach."""
+
+
+def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str, Any]:
+    """Shares of right answers per kind, MTP acceptance, and what it took.
+
+    `count` problems of each kind. `mtp_acceptance` is the share of generated tokens, over all kinds, that the MTP head
+    had guessed one step before (None without an MTP head); `config.probe_drafts` must be set for it.
+    """
+    kinds = {
+        "word_problems": tasks.word_problems("heldout", seed, count),
+        "tool_calls": tasks.tool_calls("heldout", seed, count),
+        "recall": tasks.recall("heldout", seed, count),
+        "small_talk": tasks.small_talk("heldout", seed, count),
+    }
+    figures: dict[str, Any] = {"model": config.model, "count": count, "seed": seed}
+    with LLM.load(config) as llm:
+        begin = time.perf_counter()
+        for kind, problems in kinds.items():
+            answers = _answer(llm, problems, f"{kind:<14}", config.show_progress)
+            figures[kind] = sum(map(_right, problems, answers)) / len(problems)
+        stats = llm.stats()
+        figures["mtp_acceptance"] = stats.draft_accepted / stats.draft_proposed if stats.draft_proposed else None
+        figures["generated_tokens"] = stats.generated_tokens
+        figures["prompt_tokens"] = stats.prompt_tokens
+        figures["seconds"] = round(time.perf_counter() - begin, 1)
+    return figures
+
+
+def _answer(llm: LLM, problems: list[tasks.Task], label: str, progress: bool) -> list[Completion]:
+    requests = [
+        llm.door.chatted(
+            task.messages,
+            llm.default_sampling(temperature=0.0, max_tokens=task.max_tokens),
+            tools=task.tools or None,
+            template_kwargs={"enable_thinking": task.enable_thinking},
+        )
+        for task in problems
+    ]
+    return llm.answer(requests, progress=progress, label=label)
+
+
+def _right(task: tasks.Task, answer: Completion) -> bool:
+    calls = [(call.name, call.arguments) for call in answer.tool_calls]
+    return tasks.grade(task, answer.text, answer.reasoning, calls)
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures beside their targets, for a terminal."""
+    lines = [f"{figures['model']}: {figures['count']} held-out problems of each kind, greedy"]
+    for kind in ("word_problems", "tool_calls", "recall", "small_talk", "mtp_acceptance"):
+        value, target = figures[kind], TARGETS.get(kind)
+        shown = "no head" if value is None else f"{value:8.1%}"
+        lines.append(f"  {kind:<16}{shown:>8}" + (f"   (target {target:.0%})" if target else ""))
+    rate = figures["generated_tokens"] / figures["seconds"]
+    lines.append(
+        f"  {figures['generated_tokens']:,} tokens generated after {figures['prompt_tokens']:,} of prompt "
+        f"in {figures['seconds']:.0f} s ({rate:.0f} generated a second)"
+    )
+    return "\n".join(lines)
