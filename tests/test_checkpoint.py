@@ -435,10 +435,10 @@ class Hub(BaseHTTPRequestHandler):
     files: dict[str, bytes]
     commit = "0" * 40
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         path = self.path.split("?")[0]
         if "gated" in path:
             return self.answer(403, {"X-Error-Code": "GatedRepo"}, b"{}")
