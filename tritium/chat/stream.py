@@ -27,7 +27,8 @@ class TextStream:
     """ids -> text -> stop strings -> reasoning | answer -> text and tool calls.
 
     Any split of the ids into pushes gives the same totals. Stop strings match the generated text as it is,
-    reasoning, tags and calls included (special tokens that are not shown are no part of it); what follows one is ignored.
+    reasoning, tags and calls included (special tokens that are not shown are no part of it); what follows
+    one is ignored.
 
     Reasoning that ends in complete calls and is never closed was meant to act: the calls are given out. Followed
     by anything, they are a part of the reasoning.
