@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +22,7 @@ from tritium.chat.fake import byte_chat_format
 from tritium.cli import main as main_module
 from tritium.cli.main import main
 from tritium.cli.render import Printer, time_table
+from tritium.config import EngineConfig
 from tritium.core import CheckpointError, ConfigError, Event, Request, Timing, ToolCall, Usage
 
 
@@ -194,3 +202,96 @@ def test_chat_survives_a_turn_that_does_not_fit(
     assert out == "fine\n"
     assert "error: this model's context is 4096 tokens" in err
     assert "xxx" not in answers[0]
+
+
+SLOW_CHAT = """
+import sys
+from tritium.api import ScriptedEngine, Session
+from tritium.chat import byte_chat_format
+from tritium.cli.main import main
+chat = byte_chat_format()
+said = chat.encode("hm</think>" + "counting... " * 1000)
+Session.load = lambda config: Session.over(ScriptedEngine(lambda request: said, step_seconds=0.01), chat)
+main(["chat"])
+"""
+
+
+def test_on_a_terminal_ctrl_c_stops_the_answer_and_not_the_program() -> None:
+    controller, terminal = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_CHAT], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:  # fmt: skip
+        os.close(terminal)
+
+        unread = ""
+
+        def wait_for(text: str) -> None:
+            nonlocal unread
+            while text not in unread:
+                assert select.select([controller], [], [], 20)[0], f"no {text!r} in {unread!r}"
+                unread += os.read(controller, 1024).decode()
+            unread = unread.partition(text)[2]
+
+        wait_for("> ")
+        os.write(controller, b"count\n")
+        wait_for("counting... counting")
+        os.write(controller, b"\x03")
+        wait_for("(stopped)")
+        wait_for("> ")
+        os.write(controller, b"\x03")  # with no answer to stop, it only reminds of how to leave
+        wait_for("/quit")
+        os.write(controller, b"again\n")
+        wait_for("counting")
+        os.write(controller, b"\x03")
+        wait_for("(stopped)")
+        os.write(controller, b"/quit\n")
+        assert process.wait(20) == 0
+    os.close(controller)
+
+
+def test_doctor_reports_machine_ops_and_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    code = outcome("doctor", "--device", "cpu", "--max-num-seqs", "3")
+    out = capsys.readouterr().out
+    assert (code == 0) == ("no problems found" in out)
+    for words in ("torch 2.", "cpu: ", "paged_attention", "gdn", "memory plan", "3 slots"):
+        assert words in out
+
+
+def test_doctor_goes_on_after_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome("doctor", "--device", "cuda:77", "--model", "no/such/dir") == 1
+    out = capsys.readouterr().out
+    assert "problem(s) found" in out
+    assert "--device cuda:77" in out
+    assert "no/such/dir" in out
+    assert "paged_attention" in out
+
+
+def test_serve_passes_on_what_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("tritium.server.serve", lambda config, **more: told.update(more, config=config))
+    assert outcome(
+        "serve", "some/model", "--port", "81", "--served-model-name", "a", "--served-model-name", "b",
+        "--max-num-seqs", "7", "--gpu-memory-utilization", "0.5", "--enforce-eager", "-q",
+    ) == 0  # fmt: skip
+    expected = EngineConfig(
+        model="some/model", max_num_seqs=7, gpu_memory_utilization=0.5, enforce_eager=True, show_progress=False
+    )
+    assert told == {"config": expected, "host": "127.0.0.1", "port": 81, "served_model_names": ("a", "b")}
+
+
+def test_eval_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[EngineConfig] = []
+    figures = {"word_problems": 0.5, "tool_calls": 0.25, "recall": 1.0, "mtp_acceptance": None}
+
+    def run(config: EngineConfig, *, count: int) -> dict[str, Any]:
+        seen.append(config)
+        return figures | {"count": count}
+
+    monkeypatch.setattr("tritium.eval.tiny.run", run)
+    monkeypatch.setattr("tritium.eval.tiny.table", lambda figures: "a table")
+    assert outcome("eval", "tiny", "--json", "--count", "3", "--model", "tritium-moe") == 0
+    *_, table, last = capsys.readouterr().out.splitlines()
+    assert table == "a table"
+    assert json.loads(last) == figures | {"count": 3}
+    assert seen == [EngineConfig(model="tritium-moe", probe_drafts=True)]

@@ -31,7 +31,7 @@ def doctor(**flags: Any) -> int:
 
     torch = version("torch")
     click.echo(f"tritium {tritium.__version__}, Python {platform.python_version()}, torch {torch}")
-    problems = []
+    problems: list[TritiumError] = []
     try:
         target = probe(config.device)
     except ConfigError as error:

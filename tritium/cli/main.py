@@ -62,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def complain(error: Exception) -> int:
     """Tells the user about `error` on stderr in a line and a hint; gives the exit code."""
-    code = 1
+    code, hint = 1, None
     if isinstance(error, click.ClickException):
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "tritium"
-        message, hint, code = error.format_message(), f"see {path} --help", error.exit_code
+        message, code = error.format_message(), error.exit_code
+        hint = f"see {path} --help"
     elif isinstance(error, TritiumError):
         message, hint = error.message, error.hint
         code = 2 if isinstance(error, (ConfigError, CapacityError, RequestError)) else 1

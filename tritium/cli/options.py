@@ -51,8 +51,9 @@ def engine_config(flags: dict[str, Any], model: str | None = None, **more: Any) 
     if model and named and model != named:
         raise ConfigError(f"two models are named: {model} and --model {named}", hint="name one")
     fields = {name: flags.pop(name) for name in ENGINE_FLAGS}
-    chosen = {"model": model or named} if model or named else {}
-    return EngineConfig(**chosen, **fields, **more, show_progress=not flags.pop("quiet"))
+    if model or named:
+        fields["model"] = model or named
+    return EngineConfig(**fields, **more, show_progress=not flags.pop("quiet"))
 
 
 SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
