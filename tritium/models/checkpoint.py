@@ -128,7 +128,8 @@ def load_parameters(
 ) -> dict[str, torch.Tensor]:
     """Every parameter of `checkpoint.config`: matrices in `dtype`, vectors in float32, on `device`.
 
-    Each tensor is read once and copied straight into its region, so the peak is the model plus one tensor.
+    Each tensor is read once and copied straight into its region, so the peak is the model plus one tensor (beside
+    pages of the mapped file, which the kernel takes back as it needs).
     `progress` draws a bar in bytes on stderr.
     """
     parameters = {
