@@ -1,0 +1,290 @@
+"""Requests as they come over HTTP to the api's words, and events to OpenAI's shapes."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from tritium.api import Completion, Door, TextOptions
+from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCall, Usage
+from tritium.server.protocol import ChatRequest, CompletionRequest, SamplingFields
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""max_tokens of /v1/completions when it is not given, as OpenAI defines it."""
+_COPIED = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
+           "repetition_penalty", "min_tokens", "ignore_eos")
+_LOWEST_LOGPROB = -9999.0
+"""JSON has no -inf."""
+
+
+def chat_sampling(request: ChatRequest, door: Door) -> SamplingParams:
+    budgets = {budget for budget in (request.max_tokens, request.max_completion_tokens) if budget is not None}
+    if len(budgets) > 1:
+        raise RequestError("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return _sampling(request, door, max_tokens=next(iter(budgets), None),
+                     logprobs=(request.top_logprobs or 0) if request.logprobs else None)
+
+
+def completion_sampling(request: CompletionRequest, door: Door, longest_prompt: int) -> SamplingParams:
+    budget = request.max_tokens
+    if budget is None:
+        budget = max(1, min(DEFAULT_COMPLETION_TOKENS, door.max_model_len - longest_prompt))
+    return _sampling(request, door, max_tokens=budget, logprobs=request.logprobs,
+                     prompt_logprobs=request.logprobs if request.echo else None)
+
+
+def text_options(request: SamplingFields) -> TextOptions:
+    return TextOptions(skip_special_tokens=request.skip_special_tokens,
+                       include_stop_str_in_output=request.include_stop_str_in_output)
+
+
+def check_stream_options(request: SamplingFields) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream to be true", param="stream_options")
+
+
+def _sampling(request: SamplingFields, door: Door, **fields: Any) -> SamplingParams:
+    return door.default_sampling(
+        **{name: getattr(request, name) for name in _COPIED},
+        **fields,
+        stop=_stop(request.stop),
+        stop_token_ids=None if request.stop_token_ids is None else tuple(request.stop_token_ids),
+        logit_bias=None if request.logit_bias is None else {_token(k): v for k, v in request.logit_bias.items()},
+    )
+
+
+def _stop(value: Any) -> tuple[str, ...] | None:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return None
+    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
+        raise RequestError("stop must be a string or a list of strings", param="stop")
+    return tuple(stops)
+
+
+def _token(key: str) -> int:
+    try:
+        return int(key)
+    except ValueError:
+        raise RequestError(f"logit_bias has the key {key!r}, which is not a token id", param="logit_bias") from None
+
+
+def offered_tools(request: ChatRequest) -> Any:
+    """The tools to offer, as they came; none under tool_choice none."""
+    choice = request.tool_choice
+    if choice not in (None, "auto", "none"):
+        raise RequestError(f"tool_choice {json.dumps(choice)} is not supported (only 'auto' and 'none' are)",
+                           param="tool_choice")
+    if choice == "auto" and not request.tools:
+        raise RequestError("tool_choice needs tools", param="tool_choice")
+    return None if choice == "none" else request.tools
+
+
+class Tally:
+    """Usage of one HTTP request: a prompt counts once, however many choices it has."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._usage = Usage(0, 0)
+
+    def add(self, event: Event) -> None:
+        if event.usage is not None:
+            sums, more = self._usage, event.usage
+            self._usage = Usage(
+                sums.prompt_tokens + (more.prompt_tokens if event.index % self._n == 0 else 0),
+                sums.completion_tokens + more.completion_tokens,
+                sums.reasoning_tokens + more.reasoning_tokens,
+                sums.cached_tokens + (more.cached_tokens if event.index % self._n == 0 else 0),
+            )
+
+    def body(self) -> dict[str, Any]:
+        usage = self._usage
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        }
+
+
+class Shape(Protocol):
+    """How one endpoint writes its answer."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def choice(self, completion: Completion) -> dict[str, Any]:
+        """The whole answer of one choice."""
+        ...
+
+    def deltas(self, event: Event) -> list[dict[str, Any]]:
+        """The entries of `choices` to stream for an event; may be none."""
+        ...
+
+
+class ChatShape:
+    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, request: ChatRequest, door: Door) -> None:
+        self._logprobs = bool(request.logprobs)
+        self._door = door
+        self._calls: dict[int, int] = {}
+        """Tool calls streamed so far, by choice."""
+
+    def choice(self, completion: Completion) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text}
+        if completion.reasoning:
+            message |= {"reasoning_content": completion.reasoning, "reasoning": completion.reasoning}
+        if completion.tool_calls:
+            message |= {"content": completion.text or None, "tool_calls": [_call(c) for c in completion.tool_calls]}
+        return {
+            "index": completion.index,
+            "message": message,
+            "logprobs": self._logprob_body(completion.logprobs),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+
+    def deltas(self, event: Event) -> list[dict[str, Any]]:
+        out = []
+        if event.index not in self._calls:
+            self._calls[event.index] = 0
+            out.append(self._delta(event.index, {"role": "assistant", "content": ""}))
+        delta: dict[str, Any] = {}
+        if event.reasoning:
+            delta |= {"reasoning_content": event.reasoning, "reasoning": event.reasoning}
+        if event.text:
+            delta["content"] = event.text
+        if event.tool_calls:
+            first = self._calls[event.index]
+            self._calls[event.index] += len(event.tool_calls)
+            delta["tool_calls"] = [{"index": i, **_call(call)} for i, call in enumerate(event.tool_calls, first)]
+        if delta or event.finish_reason is not None or (self._logprobs and event.logprobs):
+            out.append(self._delta(event.index, delta, event))
+        return out
+
+    def _delta(self, index: int, delta: dict[str, Any], event: Event | None = None) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._logprob_body(event.logprobs) if event and event.logprobs else None,
+            "finish_reason": event.finish_reason if event else None,
+        }
+        return choice | {"stop_reason": event.stop_reason} if event and event.finish_reason else choice
+
+    def _logprob_body(self, entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        return {"content": [
+            self._entry(e.token, e.logprob) | {"top_logprobs": [self._entry(*top) for top in e.top]} for e in entries]}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self._door.token_bytes(token)
+        return {"token": data.decode(errors="replace"), "logprob": max(logprob, _LOWEST_LOGPROB), "bytes": list(data)}
+
+
+class CompletionShape:
+    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, request: CompletionRequest, prompts: Sequence[list[int]], n: int, door: Door) -> None:
+        self._logprobs = request.logprobs is not None
+        self._prompts = prompts
+        self._n = n
+        self._door = door
+        self._echoes = self._echo_texts(request.prompt) if request.echo else None
+        self._begun: set[int] = set()
+        self._offsets: dict[int, int] = {}
+        self._prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+
+    def choice(self, completion: Completion) -> dict[str, Any]:
+        return self._choice(completion.index, completion.text, completion.logprobs, completion.prompt_logprobs,
+                            completion.finish_reason, completion.stop_reason)
+
+    def deltas(self, event: Event) -> list[dict[str, Any]]:
+        index = event.index
+        if event.prompt_logprobs:  # they come with the chunks of the prompt; shown with the first token
+            self._prompt_logprobs[index] = self._prompt_logprobs.get(index, ()) + event.prompt_logprobs
+        first = index not in self._begun and (event.token_ids or event.finish_reason is not None)
+        if not (first or event.text or event.finish_reason is not None or (self._logprobs and event.logprobs)):
+            return []
+        prompt_logprobs = self._prompt_logprobs.pop(index, ())
+        return [self._choice(index, event.text, event.logprobs, prompt_logprobs, event.finish_reason,
+                             event.stop_reason)]
+
+    def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob],
+                prompt_logprobs: Sequence[TokenLogprob], finish_reason: str | None,
+                stop_reason: str | int | None) -> dict[str, Any]:
+        entries: list[tuple[int, TokenLogprob | None]] = [(entry.token, entry) for entry in logprobs]
+        if index not in self._begun and self._echoes is not None:
+            prompt = self._prompts[index // self._n]
+            text = self._echoes[index // self._n] + text
+            entries = [(prompt[0], None), *((entry.token, entry) for entry in prompt_logprobs), *entries]
+        self._begun.add(index)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprob_body(index, entries) if self._logprobs else None,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+
+    def _logprob_body(self, index: int, entries: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
+        body: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, entry in entries:
+            text = self._text(token)
+            offset = self._offsets.get(index, 0)
+            self._offsets[index] = offset + len(text)
+            body["tokens"].append(text)
+            body["text_offset"].append(offset)
+            body["token_logprobs"].append(None if entry is None else max(entry.logprob, _LOWEST_LOGPROB))
+            body["top_logprobs"].append(None if entry is None else {
+                self._text(t): max(logprob, _LOWEST_LOGPROB) for t, logprob in ((token, entry.logprob), *entry.top)})
+        return body
+
+    def _text(self, token: int) -> str:
+        return self._door.token_bytes(token).decode(errors="replace")
+
+    def _echo_texts(self, prompt: Any) -> list[str]:
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if all(isinstance(text, str) for text in texts):
+            return list(texts)
+        return [self._door.decode(ids) for ids in self._prompts]
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+class Envelope:
+    """What stands around the choices of one HTTP answer, whole or streamed."""
+
+    def __init__(self, shape: Shape, model: str, *, include_usage: bool = False) -> None:
+        head = {"id": f"{shape.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._whole = head | {"object": shape.whole_object}
+        self._include_usage = include_usage
+        # The same for every chunk, so serialized once: this runs for every token of every stream.
+        self._chunk = json.dumps(head | {"object": shape.chunk_object})[:-1] + ', "choices": ['
+        self._chunk_end = '], "usage": null}' if include_usage else "]}"
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._whole, "choices": choices, "usage": usage}
+
+    def chunks(self, choices: Iterable[dict[str, Any]]) -> str:
+        """Server-sent events, one for each choice."""
+        return "".join([f"data: {self._chunk}{dumps(choice)}{self._chunk_end}\n\n" for choice in choices])
+
+    def end(self, usage: dict[str, Any]) -> str:
+        last = f'data: {self._chunk}], "usage": {json.dumps(usage)}}}\n\n' if self._include_usage else ""
+        return last + "data: [DONE]\n\n"
+
+
+def dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

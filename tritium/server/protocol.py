@@ -1,0 +1,192 @@
+"""What a request may say. A field is honoured, harmless at the value given, or refused by name; never ignored.
+
+Accepted without effect, because they do not bear on what is generated: user, metadata, service_tier,
+safety_identifier, prompt_cache_key, prompt_cache_retention, store=false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
+
+from tritium.core import RequestError
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: Literal[False] | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class SamplingFields(Strict):
+    """Fields that chat and text completions share. None: not given, so the checkpoint's default holds."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: Any = None
+    """A string or a list of strings."""
+
+    # Not OpenAI's; names and meanings as in vLLM.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    priority: int = 0
+
+    user: Any = None
+    metadata: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+
+class Conversation(Strict):
+    """What the chat template reads; `tritium.chat` checks messages, tools and the template's arguments."""
+
+    messages: Any
+    tools: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+
+
+class ChatRequest(Conversation, SamplingFields):
+    tool_choice: Any = None
+    """auto or none."""
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Any
+    """A string, a list of strings, token ids, or a list of lists of token ids."""
+    echo: bool = False
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+
+class TokenizePrompt(Strict):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChat(Conversation):
+    model: str | None = None
+    add_special_tokens: Literal[False] = False
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: list[int]
+
+
+# Fields known to OpenAI or vLLM that we do not serve, with the values at which they ask for nothing. Null always does.
+_SHARED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "store": (False,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "spaces_between_special_tokens": (True,),
+    "logits_processors": ([],),
+    "bad_words": ([],),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    **dict.fromkeys(
+        ("prompt_logprobs", "allowed_token_ids", "truncate_prompt_tokens", "guided_json", "guided_regex",
+         "guided_choice", "guided_grammar", "structured_outputs", "logit_processors"), ()),
+}
+_UNSUPPORTED: dict[type[BaseModel], dict[str, tuple[Any, ...]]] = {
+    CompletionRequest: _SHARED,
+    ChatRequest: {
+        **_SHARED,
+        "add_special_tokens": (False,),
+        "parallel_tool_calls": (True,),
+        "modalities": (["text"],),
+        "functions": ([],),
+        "function_call": ("none",),
+        "verbosity": ("medium",),
+        "echo": (False,),
+        "continue_final_message": (False,),
+        "include_reasoning": (True,),
+        **dict.fromkeys(("audio", "prediction", "web_search_options", "reasoning_effort", "chat_template",
+                         "documents", "moderation"), ()),
+    },
+    TokenizeChat: {"continue_final_message": (False,)},
+}
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object. Raises `RequestError` for anything else: invalid JSON or UTF-8, lone surrogates, NaN,
+    Infinity, nesting without end."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object")
+    return value
+
+
+def parse(kind: type[Model], fields: Mapping[str, Any]) -> Model:
+    """Check `fields` against `kind`. Raises `RequestError` naming the first field that is wrong."""
+    unsupported = _UNSUPPORTED.get(kind, {})
+    for name in unsupported.keys() & fields.keys():
+        if fields[name] is not None and not any(_same(fields[name], value) for value in unsupported[name]):
+            raise RequestError(f"{name} is not supported" + _only(unsupported[name]), param=name)
+    try:
+        return kind.model_validate({name: value for name, value in fields.items() if name not in unsupported})
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _readable(error["type"], _path(error["loc"]), error["msg"]) from None
+
+
+def _readable(kind: str, path: str, message: str) -> RequestError:
+    if kind == "extra_forbidden":
+        return RequestError(f"unknown field: {path}", param=path)
+    if kind == "missing":
+        return RequestError(f"{path} is required", param=path)
+    return RequestError(f"{path}: {message[0].lower()}{message[1:]}", param=path)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") -> messages[0].role"""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def _same(a: object, b: object) -> bool:
+    return type(a) is type(b) and a == b
+
+
+def _only(harmless: tuple[Any, ...]) -> str:
+    return f" (only {harmless[0]!r} is)" if harmless else ""
