@@ -27,7 +27,7 @@ test: check
 check: lint types layers size
 
 lint: .venv/.dev
-	$(BIN)/ruff check
+	$(BIN)/ruff check --output-format concise
 
 types: .venv/.dev
 	$(BIN)/mypy
