@@ -263,13 +263,23 @@ def test_metrics_count_what_happened():
         server.client.completions.create(model=MODEL, prompt="abc", max_tokens=2)
         server.post("/v1/completions", {"prompt": "", "model": MODEL})
         page = server.get("/metrics").text
-    for line in ("tritium_prompt_tokens_total 6.0", "tritium_generated_tokens_total 7.0",
-                 "tritium_requests_running 0.0", "tritium_requests_waiting 0.0", "tritium_kv_pages_used 0.0", "tritium_kv_pages_total 4096.0",
-                 "tritium_state_slots_used 0.0", "tritium_state_slots_total 64.0", "tritium_preemptions_total 0.0",
-                 'tritium_requests_finished_total{reason="stop"} 1.0', 'tritium_http_errors_total{status="400"} 1.0',
-                 'tritium_requests_finished_total{reason="length"} 1.0',
-                 "tritium_time_to_first_token_seconds_count 2.0", "tritium_time_per_output_token_seconds_count 2.0",
-                 "tritium_request_duration_seconds_count 2.0"):
+    for line in (
+        "tritium_prompt_tokens_total 6.0",
+        "tritium_generated_tokens_total 7.0",
+        "tritium_requests_running 0.0",
+        "tritium_requests_waiting 0.0",
+        "tritium_kv_pages_used 0.0",
+        "tritium_kv_pages_total 4096.0",
+        "tritium_state_slots_used 0.0",
+        "tritium_state_slots_total 64.0",
+        "tritium_preemptions_total 0.0",
+        'tritium_requests_finished_total{reason="stop"} 1.0',
+        'tritium_requests_finished_total{reason="length"} 1.0',
+        'tritium_http_errors_total{status="400"} 1.0',
+        "tritium_time_to_first_token_seconds_count 2.0",
+        "tritium_time_per_output_token_seconds_count 2.0",
+        "tritium_request_duration_seconds_count 2.0",
+    ):
         assert line in page.splitlines(), line
 
 
@@ -414,7 +424,8 @@ def test_a_client_that_leaves_a_stream_frees_its_request(path):
         body |= {"messages": HELLO} if path.startswith("chat") else {"prompt": "x"}
         with httpx.stream("POST", f"{server.url}/v1/{path}", json=body, timeout=20) as response:
             assert response.status_code == 200
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             server.wait_for(running=2)
         server.wait_idle()
         assert server.metric('requests_finished_total{reason="abort"}') == 2
