@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import queue
 import threading
@@ -200,6 +201,7 @@ class Session:
                         self._post(self._deliver, events)
         except Exception as error:
             log.exception("the engine died")
+            self._stats = dataclasses.replace(self._stats, running=0, waiting=0, pages_used=0, slots_used=0)
             self._post(self._fail, EngineDeadError(f"the engine died: {type(error).__name__}: {error}",
                                                    hint="see the server's log, then restart it"))
         finally:

@@ -1,0 +1,343 @@
+"""Load a server over HTTP and say what its clients saw: `python -m tritium.bench.load http://127.0.0.1:8000`.
+
+Talks on stderr; ends in one JSON line on stdout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import ipaddress
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+import httpx
+
+from tritium.core import PAGE_TOKENS, ConfigError, TritiumError
+
+MAX_CLIENTS, MAX_REQUESTS = 1024, 100_000
+_QUANTILES = (0.5, 0.9, 0.99)
+_POLL_SECONDS = 0.02
+_GIVE_UP_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What to send. Request i asks for prompt i (in turn) with seed `seed` + i."""
+
+    prompts: Sequence[str] = ("Tell me a long story.",)
+    chat: bool = False
+    """Send prompts as a user's message instead of text to complete."""
+    clients: int = 64
+    requests: int = 64
+    max_tokens: int = 128
+    ignore_eos: bool = True
+    """Every answer has max_tokens tokens, so that runs compare."""
+    kill_fraction: float = 0.0
+    """Share of the requests whose client disconnects midway."""
+    verify: int = 0
+    """How many finished streams are asked again, alone and not streamed, and compared."""
+    seed: int = 0
+    model: str | None = None
+    seconds: float = 300.0
+    """The run is given up after this long; what is not done by then is an error."""
+    allow_remote: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.clients <= MAX_CLIENTS or not 1 <= self.requests <= MAX_REQUESTS:
+            raise ConfigError(f"clients must be within [1, {MAX_CLIENTS}] and requests within [1, {MAX_REQUESTS}]")
+        if not 0 <= self.kill_fraction <= 1 or self.max_tokens < 1 or self.seconds <= 0 or not self.prompts:
+            raise ConfigError("a load needs kill_fraction within [0, 1], prompts, and max_tokens and seconds above 0")
+
+    def body(self, i: int) -> dict[str, Any]:
+        prompt = self.prompts[i % len(self.prompts)]
+        asked: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
+        asked |= {"max_tokens": self.max_tokens, "seed": self.seed + i, "ignore_eos": self.ignore_eos}
+        return asked if self.model is None else asked | {"model": self.model}
+
+    def kills(self, i: int) -> bool:
+        """Spread evenly: of the first k requests, floor(k kill_fraction) are killed."""
+        return math.floor((i + 1) * self.kill_fraction) > math.floor(i * self.kill_fraction)
+
+
+@dataclass(slots=True)
+class Stream:
+    """What one client saw of one answer; times in seconds of the monotonic clock."""
+
+    started: float = 0.0
+    arrivals: list[float] = field(default_factory=list)
+    text: str = ""
+    tokens: int = 0
+    killed: bool = False
+    finished: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Latencies in seconds, as {p50, p90, p99, max}; empty where nothing was measured."""
+
+    clients: int
+    requests: int
+    completed: int
+    killed: int
+    errors: int
+    verified: int
+    corrupted: int
+    seconds: float
+    output_tokens: int
+    """Of the completed answers."""
+    tokens_per_second: float
+    ttft: dict[str, float]
+    """Request sent to first text."""
+    tpot: dict[str, float]
+    """Time per token after the first, one value an answer."""
+    itl: dict[str, float]
+    """Time between two pieces of an answer."""
+    freed_seconds: float | None
+    """From the last kill until the server held nothing for the killed (None: nothing was killed, or never)."""
+    idle_seconds: float | None
+    """From the end of the last answer until pages and slots used were what they had been before (None: never)."""
+    first_error: str | None = None
+
+    def table(self) -> str:
+        rows = [("", *self.ttft)] + [
+            (name, *(f"{1000 * value:.1f} ms" for value in values.values()))
+            for name, values in (("time to first token", self.ttft), ("time per output token", self.tpot),
+                                 ("between pieces", self.itl))
+        ]
+        lines = ["".join(f"{cell:>24}" if i == 0 else f"{cell:>13}" for i, cell in enumerate(row)) for row in rows]
+        lines += [
+            f"{self.completed} of {self.requests} answers completed by {self.clients} clients in {self.seconds:.2f} s: "
+            f"{self.output_tokens} tokens, {self.tokens_per_second:.1f} tokens/s",
+            f"errors {self.errors}, killed {self.killed}, corrupted {self.corrupted} of {self.verified} verified",
+            f"freed after the kills in {_seconds(self.freed_seconds)}, idle in {_seconds(self.idle_seconds)}",
+        ]
+        return "\n".join(lines + ([f"first error: {self.first_error}"] if self.first_error else []))
+
+    def json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+
+def run_load(url: str, load: Load) -> LoadReport:
+    """Send the load to the server at `url` and wait for its end. Raises `ConfigError` for a server that is not on
+    this machine (unless allowed) or is not there."""
+    if not load.allow_remote and not _is_loopback(url):
+        raise ConfigError(f"{url} is not on this machine", hint="use 127.0.0.1, or --allow-remote if it is yours")
+    return asyncio.run(_Run(url, load).report())
+
+
+class _Run:
+    def __init__(self, url: str, load: Load) -> None:
+        self._load = load
+        self._url = url.rstrip("/")
+        self._path = "/v1/chat/completions" if load.chat else "/v1/completions"
+        self._streams = [Stream() for _ in range(load.requests)]
+        self._random = random.Random(load.seed)
+        self._open = 0
+        self._kills_left = sum(load.kills(i) for i in range(load.requests))
+        self._last_kill: asyncio.Future[float]
+
+    async def report(self) -> LoadReport:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._load.clients)
+        async with httpx.AsyncClient(base_url=self._url, timeout=self._load.seconds, limits=limits) as http:
+            self._last_kill = asyncio.get_running_loop().create_future()
+            before = await self._held(http)
+            prompt_pages = await self._pages_of_an_answer(http)
+            watch = asyncio.ensure_future(self._watch_kills(http, before, prompt_pages))
+            begin = time.monotonic()
+            queue = iter(range(self._load.requests))
+            workers = [asyncio.ensure_future(self._client(http, queue)) for _ in range(self._load.clients)]
+            _, late = await asyncio.wait(workers, timeout=self._load.seconds)
+            for worker in late:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            end = time.monotonic()
+            idle = await self._wait_held(http, end, before)
+            if not self._last_kill.done():
+                watch.cancel()
+            freed = (await asyncio.gather(watch, return_exceptions=True))[0]
+            verified = await self._verify(http)
+        return self._summary(end - begin, freed if isinstance(freed, float) else None, idle, verified)
+
+    async def _client(self, http: httpx.AsyncClient, queue: Any) -> None:
+        for i in queue:
+            stream, kill = self._streams[i], self._load.kills(i)
+            self._open += 1
+            try:
+                await self._ask(http, i, stream, kill)
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                stream.error = f"{type(error).__name__}: {error}"
+            finally:
+                self._open -= 1
+                self._kills_left -= kill
+                if kill and not self._kills_left and not self._last_kill.done():
+                    self._last_kill.set_result(time.monotonic())
+
+    async def _ask(self, http: httpx.AsyncClient, i: int, stream: Stream, kill: bool) -> None:
+        body = self._load.body(i) | {"stream": True, "stream_options": {"include_usage": True}}
+        leave_at = self._random.randint(1, max(1, self._load.max_tokens // 2)) if kill else math.inf
+        stream.started = time.monotonic()
+        async with http.stream("POST", self._path, json=body) as response:
+            if response.status_code != 200:
+                stream.error = f"HTTP {response.status_code}: {(await response.aread())[:200]!r}"
+                return
+            async for data in _events(response):
+                if "error" in data:
+                    stream.error = str(data["error"]["message"])
+                    return
+                self._absorb(stream, data)
+                if len(stream.arrivals) >= leave_at:
+                    stream.killed = True
+                    return
+        if not stream.finished:
+            stream.error = "the stream ended without a finish_reason"
+
+    def _absorb(self, stream: Stream, data: dict[str, Any]) -> None:
+        for choice in data["choices"]:
+            piece = _text(choice["delta"] if self._load.chat else choice)
+            if piece:
+                stream.arrivals.append(time.monotonic())
+                stream.text += piece
+            stream.finished |= choice["finish_reason"] is not None
+        if data.get("usage"):
+            stream.tokens = data["usage"]["completion_tokens"]
+
+    async def _watch_kills(self, http: httpx.AsyncClient, before: tuple[float, float], pages_each: int) -> float | None:
+        """Seconds from the last kill until the server holds no more than the clients that stayed can need."""
+        killed_at = await self._last_kill
+        return await self._wait_held(http, killed_at, before, pages_each)
+
+    async def _wait_held(self, http: httpx.AsyncClient, since: float, before: tuple[float, float],
+                         pages_each: int = 0) -> float | None:
+        while time.monotonic() - since < _GIVE_UP_SECONDS:
+            pages, slots = await self._held(http)
+            if slots <= before[1] + self._open and pages <= before[0] + self._open * pages_each:
+                return time.monotonic() - since
+            await asyncio.sleep(_POLL_SECONDS)
+        return None
+
+    async def _held(self, http: httpx.AsyncClient) -> tuple[float, float]:
+        """Pages and slots in use, from /metrics."""
+        values = {}
+        try:
+            page = (await http.get("/metrics")).raise_for_status().text
+        except httpx.HTTPError as error:
+            raise ConfigError(f"no server answers at {self._url}/metrics: {error}", hint="tritium serve") from None
+        for line in page.splitlines():
+            name, _, value = line.rpartition(" ")
+            values[name] = value
+        return float(values["tritium_kv_pages_used"]), float(values["tritium_state_slots_used"])
+
+    async def _pages_of_an_answer(self, http: httpx.AsyncClient) -> int:
+        """Most pages that one request of this load can hold."""
+        bodies = [self._load.body(i) for i in range(min(len(self._load.prompts), self._load.requests))]
+        fields = "messages" if self._load.chat else "prompt"
+        answers = [await http.post("/tokenize", json={fields: body[fields]}) for body in bodies]
+        longest = max(int(answer.raise_for_status().json()["count"]) for answer in answers)
+        return math.ceil((longest + self._load.max_tokens) / PAGE_TOKENS)
+
+    async def _verify(self, http: httpx.AsyncClient) -> list[bool]:
+        """For some of the finished streams: is the same request, alone and not streamed, answered with the same?"""
+        same = []
+        finished = [i for i, stream in enumerate(self._streams) if stream.finished and stream.error is None]
+        for i in self._random.sample(finished, min(self._load.verify, len(finished))):
+            choice = (await http.post(self._path, json=self._load.body(i))).raise_for_status().json()["choices"][0]
+            same.append(_text(choice["message"] if self._load.chat else choice) == self._streams[i].text)
+        return same
+
+    def _summary(self, seconds: float, freed: float | None, idle: float | None, verified: list[bool]) -> LoadReport:
+        done = [stream for stream in self._streams if stream.finished and stream.error is None]
+        errors = [stream for stream in self._streams if not stream.finished and not stream.killed]
+        tokens = sum(stream.tokens for stream in done)
+        spoken = [stream for stream in done if stream.arrivals]
+        return LoadReport(
+            clients=self._load.clients,
+            requests=self._load.requests,
+            completed=len(done),
+            killed=sum(stream.killed for stream in self._streams),
+            errors=len(errors),
+            verified=len(verified),
+            corrupted=verified.count(False),
+            seconds=seconds,
+            output_tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            ttft=_quantiles([stream.arrivals[0] - stream.started for stream in spoken]),
+            tpot=_quantiles([(s.arrivals[-1] - s.arrivals[0]) / (s.tokens - 1) for s in spoken if s.tokens > 1]),
+            itl=_quantiles([b - a for s in spoken for a, b in zip(s.arrivals, s.arrivals[1:])]),
+            freed_seconds=freed,
+            idle_seconds=idle,
+            first_error=next((stream.error or "not finished in time" for stream in errors), None),
+        )
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The JSON of server-sent events up to [DONE]."""
+    buffer = b""
+    async for piece in response.aiter_raw():
+        *events, buffer = (buffer + piece).split(b"\n\n")
+        for event in events:
+            if event != b"data: [DONE]":
+                yield json.loads(event.removeprefix(b"data: "))
+
+
+def _text(part: dict[str, Any]) -> str:
+    """Reasoning and answer of a delta or message, or the text of a completion."""
+    return (part.get("reasoning_content") or "") + (part.get("content") or part.get("text") or "")
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    ordered = sorted(values)
+    picked = {f"p{100 * q:g}": ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)] for q in _QUANTILES}
+    return picked | {"max": ordered[-1]}
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f} s"
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@click.command(help=__doc__)
+@click.argument("url", default="http://127.0.0.1:8000")
+@click.option("--clients", default=64, show_default=True, help="Streams at the same time.")
+@click.option("--requests", default=None, type=int, help="Answers in all.  [default: one a client]")
+@click.option("--prompt", "prompts", multiple=True, default=Load.__dataclass_fields__["prompts"].default)
+@click.option("--chat/--completions", default=False, show_default=True)
+@click.option("--max-tokens", default=128, show_default=True)
+@click.option("--ignore-eos/--stop-at-eos", default=True, show_default=True)
+@click.option("--kill-fraction", default=0.0, show_default=True, help="Share of clients that disconnect midway.")
+@click.option("--verify", default=0, show_default=True, help="Finished streams to ask again, alone, and compare.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--model", default=None)
+@click.option("--seconds", default=300.0, show_default=True, help="Time limit.")
+@click.option("--allow-remote", is_flag=True, help="The server is not on this machine, and is yours to load.")
+def main(url: str, requests: int | None, clients: int, **options: Any) -> None:
+    try:
+        report = run_load(url, Load(clients=clients, requests=requests or clients, **options))
+    except TritiumError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(report.table(), file=sys.stderr)
+    print(report.json())
+    if report.errors or report.corrupted:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
