@@ -1,0 +1,125 @@
+"""From rows of a plan and their logits to tokens and log-probabilities.
+
+Shapes: S rows that sample, T prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from tritium.core import RowPlan, TokenLogprob
+from tritium.ops.sampling import Edits, logprobs, sample
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a row drew; `token` is None where its logits were not finite (or everything was masked)."""
+
+    token: int | None
+    logprob: TokenLogprob | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.token is None
+
+
+class Sampler:
+    """Draws one token a row. A row's outcome depends on its own plan and logits alone."""
+
+    def sample(self, rows: Sequence[RowPlan], logits_SV: torch.Tensor) -> list[Sampled]:
+        """Row i of the float logits belongs to rows[i]; they are left as they are. Waits for the device."""
+        if not rows:
+            return []
+        device, asked = logits_SV.device, [row.sampling for row in rows]
+
+        def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        token_S, finite_S = sample(
+            logits_SV=logits_SV,
+            temperature_S=column([s.temperature for s in asked], torch.float64),
+            top_k_S=column([s.top_k for s in asked], torch.int64),
+            top_p_S=column([s.top_p for s in asked], torch.float64),
+            min_p_S=column([s.min_p for s in asked], torch.float64),
+            seed_S=column([row.seed for row in rows], torch.int64),
+            position_S=column([row.stop for row in rows], torch.int64),
+            edits=_edits(rows, logits_SV.shape[-1], device),
+        )
+        tokens = [token if ok else None for token, ok in zip(token_S.tolist(), finite_S.tolist())]
+        told = self._logprobs(rows, logits_SV, tokens)
+        return [Sampled(token, told.get(i)) for i, token in enumerate(tokens)]
+
+    @staticmethod
+    def _logprobs(
+        rows: Sequence[RowPlan], logits_SV: torch.Tensor, tokens: list[int | None]
+    ) -> dict[int, TokenLogprob]:
+        """Of the raw distribution, for the rows that want them."""
+        asked = {
+            i: (token, row.sampling.logprobs)
+            for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
+            if row.sampling.logprobs is not None and token is not None
+        }
+        if not asked:
+            return {}
+        chosen, counts = zip(*asked.values(), strict=True)
+        return dict(zip(asked, _token_logprobs(logits_SV[list(asked)], chosen, counts), strict=True))
+
+
+def prompt_logprobs(logits_TV: torch.Tensor, next_ids: Sequence[int], k: int) -> tuple[TokenLogprob, ...]:
+    """Log-probability of next_ids[t] and of the k likeliest ids under row t of the raw logits."""
+    return tuple(_token_logprobs(logits_TV, next_ids, [k] * len(next_ids))) if next_ids else ()
+
+
+def _token_logprobs(logits_SV: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
+    token_S = torch.tensor(tokens, dtype=torch.int64, device=logits_SV.device)
+    columns = logprobs(logits_SV=logits_SV, token_S=token_S, k=max(counts))
+    return [
+        TokenLogprob(token, logprob, rank, tuple(zip(top[:k], top_logprobs[:k])))
+        for token, k, logprob, rank, top, top_logprobs in zip(tokens, counts, *(c.tolist() for c in columns))
+    ]
+
+
+def _edits(rows: Sequence[RowPlan], vocab: int, device: torch.device) -> Edits | None:
+    """logit_bias, penalties and banned ids of all rows; None where no row has any."""
+    index: list[int] = []
+    ids: list[int] = []
+    changes: list[float] = []
+    for i, row in enumerate(rows):
+        # An id outside the vocabulary (a stop id of another tokenizer) has no logit to change.
+        edits = {token: change for token, change in _row_edits(row).items() if 0 <= token < vocab}
+        index += [i] * len(edits)
+        ids += edits
+        changes += chain.from_iterable(edits.values())
+    if not ids:
+        return None
+    row_E, id_E = torch.tensor(index + ids, dtype=torch.int64, device=device).view(2, -1)
+    return Edits(row_E, id_E, *torch.tensor(changes, dtype=torch.float64, device=device).view(-1, 3).unbind(-1))
+
+
+def _row_edits(row: RowPlan) -> dict[int, tuple[float, float, float]]:
+    """id -> (bias, repetition factor, what is taken away).
+
+    Repetition counts prompt and output; presence and frequency the output alone.
+    """
+    asked = row.sampling
+    if not (asked.logit_bias or asked.uses_penalties or row.eos_ids):
+        return {}
+    seen: frozenset[int] = frozenset()
+    counts: Counter[int] = Counter()
+    if asked.uses_penalties:
+        assert row.history is not None
+        counts.update(row.history[row.prompt_len :])
+        if asked.repetition_penalty != 1:  # all that the prompt, which may be long, matters to
+            seen = frozenset(row.history)
+    bias, repetition = asked.logit_bias, asked.repetition_penalty
+    presence, frequency = asked.presence_penalty, asked.frequency_penalty
+    edits = {token: (bias.get(token, 0.0), repetition, 0.0) for token in seen}
+    edits |= {token: (bias.get(token, 0.0), repetition, presence + frequency * n) for token, n in counts.items()}
+    edits |= {token: (value, 1.0, 0.0) for token, value in bias.items() if token not in edits}
+    return edits | dict.fromkeys(row.eos_ids, (0.0, 1.0, math.inf))
