@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pkgutil
+import random
 
 import pytest
 import torch
@@ -114,6 +115,7 @@ def test_gdn_is_the_delta_rule_token_by_token(seed: int) -> None:
     state = torch.full((2, nv, dk, dv), float("nan"), dtype=torch.float64)
     got = gdn(
         qkv_TC=qkv, a_TN=a, b_TN=b, A_log_N=a_log, dt_bias_N=bias, state=state,
+        pending=torch.zeros(2, 0, nk * dk + nv * (dv + 2), dtype=torch.float64),
         spans=Spans((tokens,), (0,), (1,), ((1,),), CPU), key_heads=nk,
     )  # fmt: skip
     for h in range(nv):
@@ -245,3 +247,76 @@ def test_poison_in_unused_memory_reaches_nobody(seed: int) -> None:
                     dirty[name].transpose(1, 2)[~used] = float("nan")
             want, got = op(**clean), op(**dirty)
             assert torch.equal(want, got), op.spec.name
+
+
+# --- drafts, snapshots and resumed states leave every bit as it is ------------------------------------------------
+
+
+def test_drafts_accepted_or_not_are_as_if_never_drafted(seed: int) -> None:
+    """Random acceptance, several rows, snapshots at random committed positions, resumption from a snapshot's slot."""
+    nk, nv, dk, dv, width, most, total, rows = 1, 2, 16, 8, 4, 3, 40, 3
+    rng, channels = random.Random(seed), 2 * nk * dk + nv * dv
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, a, b = noise(rows, total, channels), noise(rows, total, nv), noise(rows, total, nv)
+    weight, a_log, bias = noise(channels, width), noise(nv), noise(nv)
+
+    def pools(slots: int) -> dict[str, torch.Tensor]:
+        kept = nk * dk + nv * (dv + 2)
+        shapes = {"state": (nv, dk, dv), "conv": (width - 1 + most, channels), "pending": (most, kept)}
+        return {name: torch.full((slots + 1, *shape), float("nan")) for name, shape in shapes.items()}
+
+    def step(pool: dict[str, torch.Tensor], spans: Spans, x_TC: torch.Tensor, a_TN: torch.Tensor, b_TN: torch.Tensor):
+        mixed = causal_conv(x_TC=x_TC, w_CW=weight, state=pool["conv"], spans=spans)
+        return gdn(
+            qkv_TC=mixed, a_TN=a_TN, b_TN=b_TN, A_log_N=a_log, dt_bias_N=bias, state=pool["state"],
+            pending=pool["pending"], spans=spans, key_heads=nk,
+        )  # fmt: skip
+
+    plain, plain_pool = torch.empty(rows, total, nv, dv), pools(rows)
+    after: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    for r in range(rows):
+        for t in range(total):
+            spans = Spans((1,), (t,), (r + 1,), ((1,),), CPU)
+            plain[r, t] = step(plain_pool, spans, x[r, t : t + 1], a[r, t : t + 1], b[r, t : t + 1])[0]
+            after[r, t + 1] = plain_pool["state"][r + 1].clone(), plain_pool["conv"][r + 1, : width - 1].clone()
+
+    pool = pools(4 * rows)
+    at, fold, source = [0] * rows, [0] * rows, [r + 1 for r in range(rows)]
+    while min(at) < total:
+        active = [r for r in range(rows) if at[r] < total]
+        drafts = {r: rng.randint(0, min(most, total - at[r] - 1)) for r in active}
+        accepted = {r: rng.randint(0, drafts[r]) for r in active}
+        sure = {r: rng.randint(1, min(4, total - at[r] - drafts[r])) if not fold[r] else 1 for r in active}
+        spare = {r: rows + 1 + r + rows * rng.randrange(2) for r in active}
+        snapshots = {
+            r: ((rng.randint(max(at[r] - fold[r] + 1, 1), at[r] + sure[r]), spare[r]),) if rng.random() < 0.5 else ()
+            for r in active
+        }
+        spans = Spans(
+            tuple(sure[r] + drafts[r] for r in active), tuple(at[r] for r in active), tuple(r + 1 for r in active),
+            ((1,),) * len(active), CPU, tuple(source[r] for r in active), tuple(fold[r] for r in active),
+            tuple(drafts[r] for r in active), tuple(snapshots[r] for r in active),
+        )  # fmt: skip
+        inputs = []
+        for full in (x, a, b):
+            parts = []
+            for r in active:
+                part = full[r, at[r] : at[r] + sure[r] + drafts[r]].clone()
+                part[sure[r] + accepted[r] :] = noise(*part[sure[r] + accepted[r] :].shape)  # wrong drafts
+                parts.append(part)
+            inputs.append(torch.cat(parts))
+        out = step(pool, spans, *inputs)
+        for i, r in enumerate(active):
+            good = sure[r] + accepted[r]
+            assert torch.equal(out[spans.starts[i] : spans.starts[i] + good], plain[r, at[r] : at[r] + good])
+            source[r] = r + 1
+            for position, slot in snapshots[r]:
+                assert torch.equal(pool["state"][slot], after[r, position][0])
+                assert torch.equal(pool["conv"][slot, : width - 1], after[r, position][1])
+                if position == at[r] + good and not accepted[r]:
+                    source[r] = slot  # go on from the copy
+            at[r], fold[r] = at[r] + good, accepted[r]

@@ -123,22 +123,24 @@ def rope_table(config: ModelConfig, positions: int, device: torch.device) -> tor
 
 
 def allocate_caches(
-    config: ModelConfig, *, pages: int, slots: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, *, pages: int, slots: int, dtype: torch.dtype, device: torch.device, drafts: int = 0
 ) -> list[LayerCache]:
     """The pools, one entry a layer and the MTP layer's last; page 0 and slot 0 come on top of `pages` and `slots`.
+    `drafts`: the most draft tokens of a row, whose inputs a slot keeps until they are verified."""
 
-    Pages are zeroed: a masked key is multiplied by zero, which must not meet a NaN.
-    """
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def attention() -> AttentionCache:
         shape = (pages + 1, config.num_kv_heads, 64, config.head_dim)
-        return AttentionCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        return AttentionCache(zeros(*shape), zeros(*shape))
 
     def gdn() -> GdnCache:
-        state = (slots + 1, config.gdn_value_heads, config.gdn_key_dim, config.gdn_value_dim)
-        conv = (slots + 1, config.conv_width - 1, config.conv_channels)
+        keys, heads, value = config.gdn_key_heads * config.gdn_key_dim, config.gdn_value_heads, config.gdn_value_dim
         return GdnCache(
-            torch.zeros(state, dtype=torch.float32, device=device), torch.zeros(conv, dtype=dtype, device=device)
+            state=zeros(slots + 1, heads, config.gdn_key_dim, value, dtype=torch.float32),
+            conv=zeros(slots + 1, config.conv_width - 1 + drafts, config.conv_channels),
+            pending=zeros(slots + 1, drafts, keys + heads * (value + 2), dtype=torch.float32),
         )
 
     caches: list[LayerCache] = [attention() if kind == FULL else gdn() for kind in config.layer_types]

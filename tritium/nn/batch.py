@@ -49,10 +49,12 @@ class AttentionCache(NamedTuple):
 
 
 class GdnCache(NamedTuple):
-    """Views of one GDN layer: state [slots + 1, nv, dk, dv], convolution inputs [slots + 1, cw - 1, C]."""
+    """Views of one GDN layer: state [slots + 1, nv, dk, dv], convolution inputs [slots + 1, cw - 1 + D, C] and the
+    inputs of drafts under verification [slots + 1, D, nk dk + nv dv + 2 nv], D the most drafts of a row."""
 
     state: torch.Tensor
     conv: torch.Tensor
+    pending: torch.Tensor
 
 
 LayerCache = AttentionCache | GdnCache

@@ -70,6 +70,7 @@ class GatedDeltaNet:
             A_log_N=self.A_log,
             dt_bias_N=self.dt_bias,
             state=cache.state,
+            pending=cache.pending,
             spans=spans,
             key_heads=self.key_heads,
         )

@@ -2,10 +2,11 @@
 
     y[t, c] = silu(Σ_j w[c, j] x[t - (W - 1) + j, c]),   inputs before the span come from the row's stored state
 
-After the call the state holds the row's last W - 1 raw inputs. Sums run oldest tap first, in float32, so that a token's
+A slot keeps the W - 1 raw inputs before its state's position, then the inputs of up to D draft tokens (see `Spans`): a
+rejected draft is forgotten by reading from an earlier place. Sums run oldest tap first, in float32, so that a token's
 result does not depend on where its chunk was cut.
 
-Shapes: T tokens, C channels, W taps; x_TC raw inputs, w_CW float32, state [slots + 1, W - 1, C].
+Shapes: T tokens, C channels, W taps; x_TC raw inputs, w_CW float32, state [slots + 1, W - 1 + D, C].
 """
 
 from __future__ import annotations
@@ -44,23 +45,25 @@ SPEC = OpSpec(
 
 def reference(*, x_TC: torch.Tensor, w_CW: torch.Tensor, state: torch.Tensor, spans: Spans) -> torch.Tensor:
     """y_TC in x's dtype; updates `state` in place."""
-    keep = w_CW.shape[1] - 1
-    stored_RWC = state.index_select(0, spans.slots_R)
-    if spans.any_fresh:
-        stored_RWC = torch.where(spans.fresh_R[:, None, None], torch.zeros_like(stored_RWC), stored_RWC)
-    inputs = torch.cat([stored_RWC.reshape(-1, x_TC.shape[1]).to(x_TC.dtype), x_TC])
-    taps_TW, tail_RW = spans.conv_taps(w_CW.shape[1])
+    width, stored = w_CW.shape[1], state.shape[1]
+    kept_RDC = state.index_select(0, spans.sources_R)
+    if spans.fresh:
+        kept_RDC[list(spans.fresh)] = 0
+    inputs = torch.cat([kept_RDC.view(-1, x_TC.shape[1]).to(x_TC.dtype), x_TC])
+    windows = spans.conv_windows(stored, width)
     compute = wide(x_TC.dtype)
 
     def tap(j: int) -> torch.Tensor:
-        # One row's inputs stand in order, so its taps are views.
-        inputs_TC = inputs[j : j + len(x_TC)] if spans.num_rows == 1 else inputs[taps_TW[:, j]]
+        if spans.num_rows == 1 and stored == width - 1:  # one row's inputs stand in order: its taps are views
+            inputs_TC = inputs[j : j + len(x_TC)]
+        else:
+            inputs_TC = inputs[windows.taps_TW[:, j]]
         return inputs_TC.to(compute) * w_CW[:, j]
 
     y_TC = tap(0)
-    for j in range(1, keep + 1):
+    for j in range(1, width):
         y_TC = y_TC + tap(j)
-    state.index_copy_(0, spans.slots_R, inputs[tail_RW].to(state.dtype))
+    state.index_copy_(0, windows.slots_N, inputs[windows.kept_NW].to(state.dtype))
     return silu(y_TC).to(x_TC.dtype)
 
 

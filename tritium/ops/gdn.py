@@ -6,11 +6,16 @@ h // (nv / nk), and per token and value head, in float32:
     g = -exp(A_log) softplus(a + dt_bias)        β = sigmoid(b)
     S ← exp(g) S;   u = β (v - Sᵀ k);   S ← S + k uᵀ;   o = Sᵀ q
 
-The reference advances token by token: every token sees the same operations however its prompt was cut into chunks and
-whatever else shares the step, so results are equal to the bit.
+Drafts (see `Spans`): the state is stored as of the last token that cannot be rejected, and k, v, exp(g), β of the
+drafts after it go to `pending`. The next step first does to the state what the accepted ones among them do (no output
+is needed), so each state is read and written once a step whatever the number of drafts, and a rejection costs nothing.
 
-Shapes: T tokens, R rows; qkv_TC with C = 2 nk dk + nv dv (q, k, v, each head-major), a_TN and b_TN with N = nv,
-state [slots + 1, nv, dk, dv] (v contiguous), o_TNV [T, nv, dv] in the state's dtype.
+The reference advances token by token: every token sees the same operations however its prompt was cut into chunks,
+drafted or not, and whatever else shares the step, so results are equal to the bit.
+
+Shapes: T tokens, U tokens including folded ones, R rows, D drafts; qkv_TC with C = 2 nk dk + nv dv (q, k, v, each
+head-major), a_TN and b_TN with N = nv, state [slots + 1, nv, dk, dv] (v contiguous), pending [slots + 1, D, F] with
+F = nk dk + nv dv + 2 nv, o_TNV [T, nv, dv] in the state's dtype.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "A_log_N": randn(generator, heads, dtype=full, scale=0.5),
         "dt_bias_N": randn(generator, heads, dtype=full, scale=0.5),
         "state": randn(generator, rows + 2, heads, key, value, dtype=full, scale=0.3),
+        "pending": randn(generator, rows + 2, 3, dims["nk"] * key + heads * (value + 2), dtype=full),
         "spans": Spans(lengths, contexts, tuple(range(rows, 0, -1)), ((1,),) * rows, torch.device("cpu")),
         "key_heads": dims["nk"],
     }
@@ -53,7 +59,7 @@ SPEC = OpSpec(
         {"T": 70, "nk": 2, "nv": 4, "dk": 64, "dv": 64},
     ),
     inputs=_inputs,
-    results=lambda arguments, returned: {"o_TNV": returned, "state": arguments["state"]},
+    results=lambda arguments, returned: {"o_TNV": returned, **{n: arguments[n] for n in ("state", "pending")}},
     bytes_moved=lambda d, size: (
         size * d["T"] * (2 * d["nk"] * d["dk"] + 2 * d["nv"] * d["dv"] + 2 * d["nv"])
         + 8 * d.get("R", 1) * d["nv"] * d["dk"] * d["dv"]
@@ -71,49 +77,64 @@ def reference(
     A_log_N: torch.Tensor,
     dt_bias_N: torch.Tensor,
     state: torch.Tensor,
+    pending: torch.Tensor,
     spans: Spans,
     key_heads: int,
 ) -> torch.Tensor:
-    """o_TNV in float32; updates `state` in place. A row with context 0 starts from zero."""
+    """o_TNV in float32; updates `state` and `pending` in place."""
     heads, key, value = state.shape[1:]
     compute = wide(qkv_TC.dtype)
-    order_T, rows_R, active = spans.time_major
-    tokens = len(order_T)
-    single = spans.num_rows == 1
-    q, k, v = qkv_TC.split([key_heads * key, key_heads * key, heads * value], dim=-1)
+    order, tokens, folded = spans.time_major, len(qkv_TC), len(spans.folded)
+    q_TKD, k_TKD, v_TNV = (
+        x.to(compute).view(tokens, -1, dim)
+        for x, dim in zip(
+            qkv_TC.split([key_heads * key, key_heads * key, heads * value], dim=-1), (key, key, value), strict=True
+        )
+    )
+    decay_TN = torch.exp(-torch.exp(A_log_N) * softplus(a_TN.to(compute) + dt_bias_N))
+    step_TF = torch.cat(
+        [_l2_normalised(k_TKD).flatten(1), v_TNV.flatten(1), decay_TN, sigmoid(b_TN.to(compute))], dim=-1
+    )
+    q_TKD = _l2_normalised(q_TKD) * key**-0.5
+    step_UF = step_TF
+    if folded:
+        rows, places = spans.tensor([r for r, _ in spans.folded]), spans.tensor([i for _, i in spans.folded])
+        step_UF = torch.cat([pending[spans.sources_R[rows], places].to(compute), step_TF])
+        q_TKD = torch.cat([q_TKD.new_zeros(folded, key_heads, key), q_TKD])
+    if spans.num_rows > 1:
+        step_UF, q_TKD = step_UF[order.order], q_TKD[order.order]
+    k_U, v_U, decay_UN, beta_UN = step_UF.split([key_heads * key, heads * value, heads, heads], dim=-1)
+    group = heads // key_heads
+    k_UNK1 = k_U.reshape(-1, key_heads, key, 1).repeat_interleave(group, dim=1)
+    q_UNK1 = q_TKD.reshape(-1, key_heads, key, 1).repeat_interleave(group, dim=1)
+    v_UNV = v_U.reshape(-1, heads, value)
+    decay_UN11, beta_UN1 = decay_UN[:, :, None, None], beta_UN[:, :, None]
 
-    def time_major(x: torch.Tensor) -> torch.Tensor:
-        return (x if single else x[order_T]).to(compute)
-
-    q_TNK1 = (_l2_normalised(time_major(q).view(tokens, key_heads, key)) * key**-0.5).unsqueeze(-1)
-    k_TNK1 = _l2_normalised(time_major(k).view(tokens, key_heads, key)).unsqueeze(-1)
-    if heads != key_heads:
-        q_TNK1 = q_TNK1.repeat_interleave(heads // key_heads, dim=1)
-        k_TNK1 = k_TNK1.repeat_interleave(heads // key_heads, dim=1)
-    v_TNV = time_major(v).reshape(tokens, heads, value)
-    decay_TN11 = torch.exp(-torch.exp(A_log_N) * softplus(time_major(a_TN) + dt_bias_N))[:, :, None, None]
-    beta_TN1 = sigmoid(time_major(b_TN)).unsqueeze(-1)
-
-    slots_R = spans.slots_R[rows_R]
-    state_RNKV = state.index_select(0, slots_R).to(compute)
-    if spans.any_fresh:
-        state_RNKV[spans.fresh_R[rows_R]] = 0
-    o_TNV = torch.empty(tokens, heads, value, dtype=compute, device=qkv_TC.device)
+    state_RNKV = state.index_select(0, spans.sources_R[order.rows]).to(compute)
+    for r in spans.fresh:
+        state_RNKV[order.rows == r] = 0
+    o_UNV = torch.empty(folded + tokens, heads, value, dtype=compute, device=qkv_TC.device)
     begin = 0
-    for rows in active:
-        now = slice(begin, begin + rows)
-        s, k_now = state_RNKV[:rows], k_TNK1[now]
-        s.mul_(decay_TN11[now])
-        u = (v_TNV[now] - (s * k_now).sum(-2)).mul_(beta_TN1[now])
+    for t, rows_now in enumerate(order.active):
+        now = slice(begin, begin + rows_now)
+        s, k_now = state_RNKV[:rows_now], k_UNK1[now]
+        s.mul_(decay_UN11[now])
+        u = (v_UNV[now] - (s * k_now).sum(-2)).mul_(beta_UN1[now])
         s.addcmul_(k_now, u.unsqueeze(-2))
-        torch.sum(s * q_TNK1[now], dim=-2, out=o_TNV[now])
-        begin += rows
-    state.index_copy_(0, slots_R, state_RNKV.to(state.dtype))
-    if single:
-        return o_TNV
-    out_TNV = torch.empty_like(o_TNV)
-    out_TNV[order_T] = o_TNV
-    return out_TNV
+        torch.sum(s * q_UNK1[now], dim=-2, out=o_UNV[now])
+        begin += rows_now
+        if t + 1 in order.saves:
+            ranks, slots = order.saves[t + 1]
+            state.index_copy_(0, slots, state_RNKV[ranks].to(state.dtype))
+    for r, drafts in enumerate(spans.drafts):
+        if drafts:
+            stop = spans.starts[r] + spans.lengths[r]
+            pending[spans.slots[r], :drafts] = step_TF[stop - drafts : stop].to(pending.dtype)
+    if spans.num_rows == 1:
+        return o_UNV[folded:]
+    out_UNV = torch.empty_like(o_UNV)
+    out_UNV[order.order] = o_UNV
+    return out_UNV[folded:]
 
 
 def _l2_normalised(x: torch.Tensor) -> torch.Tensor:

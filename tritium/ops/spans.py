@@ -15,8 +15,13 @@ import torch
 class Spans:
     """Row r holds tokens [starts[r], starts[r] + lengths[r]) of the step, at positions contexts[r], contexts[r] + 1, …
 
-    Host integers, with the tensors that ops need made once a step, on `device`. `slots` names each row's recurrent
-    state; `pages` its block table. A row with context 0 starts from a zero state whatever its slot holds.
+    Host integers, with the tensors that ops need made once a step, on `device`. `pages` is a row's block table.
+
+    Recurrent state. A row starts from the state in slot `sources[r]`, which is that of position contexts[r] - folds[r]:
+    the `folds[r]` tokens before the span were drafts that are accepted by now, and what they would have done to the
+    state is kept beside it. The last `drafts[r]` tokens of the span may yet be rejected, so slot `slots[r]` gets the
+    state before them, and their inputs are kept beside it. `snapshots[r]` asks for copies: (position, slot) puts the
+    state after `position` tokens there. A row whose state begins at position 0 starts from zero whatever a slot holds.
     """
 
     lengths: tuple[int, ...]
@@ -24,6 +29,18 @@ class Spans:
     slots: tuple[int, ...]
     pages: tuple[tuple[int, ...], ...]
     device: torch.device
+    sources: tuple[int, ...] = ()
+    """Empty: the rows' own slots."""
+    folds: tuple[int, ...] = ()
+    """Empty: none, as for drafts and snapshots."""
+    drafts: tuple[int, ...] = ()
+    snapshots: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("folds", "drafts"):
+            object.__setattr__(self, name, getattr(self, name) or (0,) * len(self.lengths))
+        object.__setattr__(self, "sources", self.sources or self.slots)
+        object.__setattr__(self, "snapshots", self.snapshots or ((),) * len(self.lengths))
 
     @property
     def num_rows(self) -> int:
@@ -45,17 +62,27 @@ class Spans:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     @cached_property
-    def slots_R(self) -> torch.Tensor:
-        return self.tensor(self.slots)
+    def sources_R(self) -> torch.Tensor:
+        return self.tensor(self.sources)
 
     @cached_property
-    def fresh_R(self) -> torch.Tensor:
-        """True where a row starts at position 0."""
-        return self.tensor([c == 0 for c in self.contexts], torch.bool)
+    def begins(self) -> tuple[int, ...]:
+        """Position of each row's stored state."""
+        return tuple(context - fold for context, fold in zip(self.contexts, self.folds))
 
     @cached_property
-    def any_fresh(self) -> bool:
-        return 0 in self.contexts
+    def fresh(self) -> tuple[int, ...]:
+        """Rows that start from zero."""
+        return tuple(r for r, begin in enumerate(self.begins) if begin == 0)
+
+    @cached_property
+    def saves(self) -> tuple[tuple[int, int, int], ...]:
+        """(row, tokens after `begins`, slot): every state to store, each row's own and its snapshots."""
+        out = []
+        for r, begin in enumerate(self.begins):
+            out.append((r, self.folds[r] + self.lengths[r] - self.drafts[r], self.slots[r]))
+            out += [(r, position - begin, slot) for position, slot in self.snapshots[r]]
+        return tuple(out)
 
     @cached_property
     def row_of_T(self) -> torch.Tensor:
@@ -91,42 +118,88 @@ class Spans:
         return self.tensor(self.starts) + self.tensor(self.lengths) - 1
 
     @cached_property
-    def time_major(self) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-        """An order of the tokens for recurrences that advance all rows together.
+    def folded(self) -> tuple[tuple[int, int], ...]:
+        """(row, index among the inputs kept beside its state) of every token to fold, row by row."""
+        return tuple((r, i) for r, fold in enumerate(self.folds) for i in range(fold))
 
-        Returns (order_T, rows_R, active): tokens sorted by their offset within the row, rows by falling length;
-        step t works on the first active[t] rows, whose tokens stand side by side.
-        """
-        by_length = sorted(range(self.num_rows), key=lambda r: -self.lengths[r])
+    @cached_property
+    def time_major(self) -> TimeMajor:
+        """An order of the tokens, folded ones included, for recurrences that advance all rows together."""
+        lengths = [fold + length for fold, length in zip(self.folds, self.lengths)]
+        first_fold = [sum(self.folds[:r]) for r in range(self.num_rows)]
+        by_length = sorted(range(self.num_rows), key=lambda r: -lengths[r])
         order: list[int] = []
         active: list[int] = []
         alive = self.num_rows
-        for t in range(self.lengths[by_length[0]]):
-            while self.lengths[by_length[alive - 1]] <= t:
+        for t in range(lengths[by_length[0]]):
+            while lengths[by_length[alive - 1]] <= t:
                 alive -= 1
             active.append(alive)
-            order.extend(self.starts[r] + t for r in by_length[:alive])
-        return self.tensor(order), self.tensor(by_length), tuple(active)
+            for r in by_length[:alive]:
+                of_span = len(self.folded) + self.starts[r] + t - self.folds[r]
+                order.append(first_fold[r] + t if t < self.folds[r] else of_span)
+        rank = {r: i for i, r in enumerate(by_length)}
+        saves: dict[int, list[tuple[int, int]]] = {}
+        for r, after, slot in self.saves:
+            saves.setdefault(after, []).append((rank[r], slot))
+        return TimeMajor(
+            order=self.tensor(order),
+            rows=self.tensor(by_length),
+            active=tuple(active),
+            saves={
+                after: (self.tensor([row for row, _ in pairs]), self.tensor([slot for _, slot in pairs]))
+                for after, pairs in saves.items()
+            },
+        )
 
-    def conv_taps(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a causal convolution of `width` taps reads, in the sequence [R (width-1) stored inputs; T new inputs].
+    def conv_windows(self, stored: int, width: int) -> ConvWindows:
+        """Indices for a causal convolution of `width` taps over [R * stored kept inputs; T new inputs].
 
-        Returns (taps_TW, tail_RW1): sources of each token's taps, oldest first, and of each row's next stored inputs.
+        A row keeps `stored` inputs: the width - 1 before its state's position, then those of drafts.
         """
-        cached = self.__dict__.setdefault("_taps", {})
-        if width not in cached:
-            keep = width - 1
-            stored = self.num_rows * keep
-            back_W = self.tensor(range(width)) - keep
-            offset_TW = self.offset_T[:, None] + back_W
-            new_TW = stored + self.tensor(range(self.num_tokens))[:, None] + back_W
-            old_TW = self.row_of_T[:, None] * keep + keep + offset_TW
-            rows_R = self.tensor(range(self.num_rows))
-            tail_RW = self.tensor(self.lengths)[:, None] - keep + self.tensor(range(keep))
-            new_RW = stored + self.tensor(self.starts)[:, None] + tail_RW
-            old_RW = rows_R[:, None] * keep + keep + tail_RW
-            cached[width] = (
-                torch.where(offset_TW >= 0, new_TW, old_TW),
-                torch.where(tail_RW >= 0, new_RW, old_RW),
-            )
-        return cached[width]
+        cached = self.__dict__.setdefault("_windows", {})
+        if (stored, width) not in cached:
+            cached[stored, width] = self._conv_windows(stored, width)
+        return cached[stored, width]
+
+    def _conv_windows(self, stored: int, width: int) -> ConvWindows:
+        folds_R = self.tensor(self.folds)
+
+        def source(row: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+            """Index of a row's input at `offset` from its span's start; negative ones are kept inputs."""
+            kept = row * stored + width - 1 + folds_R[row] + offset
+            return torch.where(offset >= 0, self.num_rows * stored + self.tensor(self.starts)[row] + offset, kept)
+
+        taps_TW = source(self.row_of_T[:, None], self.offset_T[:, None] + self.tensor(range(width)) - (width - 1))
+        saved = self.tensor([r for r, _, _ in self.saves])
+        after = self.tensor([after for _, after, _ in self.saves]) - folds_R[saved]
+        last = self.tensor(self.lengths)[saved] - 1
+        offset_NW = after[:, None] - (width - 1) + self.tensor(range(stored))
+        return ConvWindows(
+            taps_TW=taps_TW,
+            # Beyond a row's last input there is nothing to keep: those places repeat it and are never read.
+            kept_NW=source(saved[:, None], torch.minimum(offset_NW, last[:, None])),
+            slots_N=self.tensor([slot for _, _, slot in self.saves]),
+        )
+
+
+@dataclass(frozen=True)
+class TimeMajor:
+    """Step t works on the first active[t] of `rows`, whose tokens stand side by side in `order`.
+
+    `order` indexes [folded tokens; T tokens]; `saves` maps a number of steps done to (ranks among rows, slots).
+    """
+
+    order: torch.Tensor
+    rows: torch.Tensor
+    active: tuple[int, ...]
+    saves: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ConvWindows:
+    """Sources of every token's taps, oldest first, and of what each of the N saved states keeps."""
+
+    taps_TW: torch.Tensor
+    kept_NW: torch.Tensor
+    slots_N: torch.Tensor
