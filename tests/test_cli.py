@@ -11,6 +11,7 @@ import select
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -218,36 +219,42 @@ main(["chat"])
 
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     controller, terminal = pty.openpty()
-    with subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", SLOW_CHAT], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    ) as process:  # fmt: skip
-        os.close(terminal)
+    )  # fmt: skip
+    os.close(terminal)
+    unread = ""
 
-        unread = ""
+    def wait_for(text: str) -> None:
+        nonlocal unread
+        while text not in unread:
+            assert select.select([controller], [], [], 20)[0], f"no {text!r} in {unread!r}"
+            unread += os.read(controller, 1024).decode()
+        unread = unread.partition(text)[2]
 
-        def wait_for(text: str) -> None:
-            nonlocal unread
-            while text not in unread:
-                assert select.select([controller], [], [], 20)[0], f"no {text!r} in {unread!r}"
-                unread += os.read(controller, 1024).decode()
-            unread = unread.partition(text)[2]
-
+    try:
         wait_for("> ")
         os.write(controller, b"count\n")
         wait_for("counting... counting")
         os.write(controller, b"\x03")
         wait_for("(stopped)")
         wait_for("> ")
+        time.sleep(0.5)  # a signal between readline's prompt and its wait is seen with the next key only
         os.write(controller, b"\x03")  # with no answer to stop, it only reminds of how to leave
         wait_for("/quit")
+        wait_for("> ")
         os.write(controller, b"again\n")
         wait_for("counting")
         os.write(controller, b"\x03")
         wait_for("(stopped)")
+        wait_for("> ")
         os.write(controller, b"/quit\n")
         assert process.wait(20) == 0
-    os.close(controller)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
 
 
 def test_doctor_reports_machine_ops_and_plan(capsys: pytest.CaptureFixture[str]) -> None:
