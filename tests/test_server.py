@@ -463,6 +463,15 @@ def test_a_dying_engine(stream):
         assert server.get("/metrics").status_code == 200
 
 
+def test_a_stop_of_the_server_ends_answers_in_words(caplog):
+    with served(rambles(step_seconds=0.01)) as server:
+        stream = server.client.completions.create(model=MODEL, prompt="x", max_tokens=3000, stream=True)
+        next(stream)
+    with pytest.raises(openai.APIError, match="shutting down"):
+        list(stream)
+    assert "Traceback" not in caplog.text
+
+
 def test_64_streams_at_once_none_corrupted(seed):
     async def one(client: openai.AsyncOpenAI, i: int) -> str:
         stream = await client.completions.create(

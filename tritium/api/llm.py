@@ -22,8 +22,14 @@ class LLM:
 
     def __init__(self, model: str = "tritium-dense", **engine_config: Any) -> None:
         """Load the model. The keyword arguments are the fields of `EngineConfig`."""
-        config = EngineConfig(model=model, **engine_config)
-        self._engine, self.door = load(config)
+        self._engine, self.door = load(EngineConfig(model=model, **engine_config))
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> LLM:
+        """The same from a configuration."""
+        llm = cls.__new__(cls)
+        llm._engine, llm.door = load(config)
+        return llm
 
     @classmethod
     def over(cls, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None) -> LLM:
@@ -47,8 +53,9 @@ class LLM:
         anything runs if any prompt or parameter is bad.
         """
         encoded = self.door.encode(prompts)
-        return self._run(
-            [self.door.prompted(ids, each, options=options) for ids, each in _pairs(encoded, sampling)], progress)
+        return self.answer(
+            [self.door.prompted(ids, each, options=options) for ids, each in _pairs(encoded, sampling)],
+            progress=progress)
 
     def chat(
         self,
@@ -62,34 +69,20 @@ class LLM:
     ) -> list[Completion]:
         """Answer one conversation or several, through the checkpoint's chat template."""
         conversations: Sequence[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else messages
-        return self._run(
+        return self.answer(
             [self.door.chatted(conversation, each, tools=tools, add_generation_prompt=add_generation_prompt,
                                template_kwargs=template_kwargs)
-             for conversation, each in _pairs(conversations, sampling)], progress)
+             for conversation, each in _pairs(conversations, sampling)],
+            progress=progress)
 
-    def default_sampling(self, **overrides: Any) -> SamplingParams:
-        """What the checkpoint's generation_config.json says, under `overrides`."""
-        return self.door.default_sampling(**overrides)
-
-    def stats(self) -> EngineStats:
-        return self._engine.stats()
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.close()
-
-    def _run(self, groups: Sequence[Sequence[Answer]], progress: bool) -> list[Completion]:
+    def answer(self, groups: Sequence[Sequence[Answer]], *, progress: bool = False,
+               label: str = "generating") -> list[Completion]:
+        """Run what `door.prompted` and `door.chatted` have prepared, each with parameters of its own, together."""
         answers = [answer for group in groups for answer in group]
         running = {answer.request.id: (answer, Completion(answer.index, answer.request.prompt_ids))
                    for answer in answers}
         completions = [completion for _, completion in running.values()]
-        bar = tqdm(total=len(answers), desc="generating", file=sys.stderr, disable=not progress)
+        bar = tqdm(total=len(answers), desc=label, file=sys.stderr, disable=not progress)
         try:
             for answer in answers:
                 self._engine.add(answer.request)
@@ -109,6 +102,23 @@ class LLM:
             for request_id in running:
                 self._engine.abort(request_id)
         return completions
+
+    def default_sampling(self, **overrides: Any) -> SamplingParams:
+        """What the checkpoint's generation_config.json says, under `overrides`."""
+        return self.door.default_sampling(**overrides)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
 
 
 def _pairs(prompts: Sequence[Any], sampling: SamplingParams | Sequence[SamplingParams] | None

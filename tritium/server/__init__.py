@@ -1,0 +1,5 @@
+"""OpenAI-compatible HTTP over a `Session`."""
+
+from tritium.server.app import Server, create_app, serve
+
+__all__ = ["Server", "create_app", "serve"]

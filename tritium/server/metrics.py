@@ -73,3 +73,7 @@ class _EngineCollector(Collector):
             for field, line in table.items():
                 name, _, help_text = line.partition(": ")
                 yield family(f"tritium_{name}", help_text, value=getattr(stats, field))
+        phases = CounterMetricFamily("tritium_step_seconds", "Time in steps, by phase", labels=["phase"])
+        for phase, seconds in stats.seconds.items():
+            phases.add_metric([phase], seconds)
+        yield phases
