@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tritium.core import RowPlan, SamplingParams
-from tritium.ops.sampling import logprobs, philox4x32, sample, uniform
+from tritium.ops.sampling import _draw, logprobs, philox4x32, sample, uniform
 from tritium.sampling import Sampled, Sampler, prompt_logprobs
 
 INF = math.inf
@@ -326,6 +326,13 @@ def test_logits_are_left_as_they_are(seed):
 
 def test_no_rows_no_draws():
     assert Sampler().sample([], torch.empty(0, 10)) == []
+
+
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (1 - 2.0**-53, 4)])
+def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_id_that_is_kept(u, token):
+    one = torch.ones(1, dtype=torch.float64)
+    x = torch.tensor([[-INF, 0.0, 1.0, -INF, 0.0, -INF]])
+    assert _draw(x, one, one, one.long() * 0, one, one * 0, one * u).tolist() == [token]
 
 
 # --- exactness ---------------------------------------------------------------------------------------------------
