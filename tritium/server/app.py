@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -263,7 +264,7 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
         status, kind = 400, "invalid_request_error"
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
     elif isinstance(error, EngineDeadError):
-        status, code = 503, "engine_dead"
+        status, code = 503, "unavailable"
     elif isinstance(error, HTTPException):
         status, kind, message = error.status_code, "invalid_request_error", str(error.detail)
     if isinstance(error, TritiumError):
@@ -277,10 +278,12 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason.lower()}",
-                          hint="stop what is there, or choose another --port") from None
+    except OSError as error:  # create_server adds the address to strerror; a failed look-up has a negative errno
+        reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error.strerror)
+    except OverflowError:
+        reason = "a port is within 0 to 65535"
+    raise ConfigError(f"cannot listen on {host}:{port}: {reason.lower()}",
+                      hint="stop what is there, or choose another --port")
 
 
 class Server(uvicorn.Server):
@@ -304,9 +307,10 @@ class Server(uvicorn.Server):
 def serve(config: EngineConfig, *, host: str = "127.0.0.1", port: int = 8000,
           served_model_names: Sequence[str] = ()) -> None:
     """Load the model and serve it until Ctrl-C or SIGTERM. The port is taken first: loading may take long."""
-    with listen(host, port) as listener, suppress(KeyboardInterrupt):
+    with listen(host, port) as listener:
         session = Session.load(config)
         server = Server(session, served_model_names or [config.model])
         name, bound = listener.getsockname()[:2]
         print(f"serving on http://{f'[{name}]' if ':' in name else name}:{bound}", file=sys.stderr, flush=True)
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # uvicorn raises what it was stopped by, after all is closed
+            server.run(sockets=[listener])

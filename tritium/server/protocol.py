@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from tritium.core import RequestError
+from tritium.core.sampling_params import MAX_LOGPROBS
 
 
 class Strict(BaseModel):
@@ -73,9 +74,9 @@ class Conversation(Strict):
 class ChatRequest(Conversation, SamplingFields):
     tool_choice: Any = None
     """auto or none."""
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
 
 class CompletionRequest(SamplingFields):
