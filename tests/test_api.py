@@ -184,13 +184,17 @@ def test_ignore_eos_goes_on():
     ("\ud800", {}, "lone surrogate"),
     ("x", {"logit_bias": {10**6: 1.0}}, "logit_bias has a token id 1000000 outside"),
     ("x", {"stop_token_ids": (-1,)}, "stop_token_ids has a token id -1 outside"),
+    (["x"] * 17, {"n": 128}, "17 prompts with n = 128 are 2176 answers"),
     ("x" * 64, {}, "context is 64 tokens and the prompt has 64"),
     ("x" * 60, {"max_tokens": 5}, "the prompt has 60 and max_tokens asks for 5 more.*at most 4"),
 ])
 def test_nothing_bad_reaches_the_engine(prompt, fields, message):
     engine = ScriptedEngine(**BYTES, max_model_len=64)
     with pytest.raises(RequestError, match=message) as caught:
-        LLM.over(engine, CHAT).generate(prompt, SamplingParams(**fields))
+        LLM.over(engine, CHAT).door.prompted(prompt, SamplingParams(**fields))
+    if not isinstance(prompt, list):
+        with pytest.raises(RequestError, match=message):
+            through_session(engine, prompt, SamplingParams(**fields))
     assert "\n" not in str(caught.value)
     assert caught.value.param in ("prompt", "max_tokens", *fields)
     assert isinstance(caught.value, ContextLengthError) == ("context is" in message or "max_tokens asks" in message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,17 +70,11 @@ def merge(events: Sequence[TokenEvent]) -> TokenEvent:
     """Events of one request, oldest first, as one: what a reader that fell behind catches up with."""
     if len(events) == 1:
         return events[0]
-    last = events[-1]
-    return TokenEvent(
-        request_id=last.request_id,
+    return dataclasses.replace(
+        events[-1],
         tokens=tuple(token for event in events for token in event.tokens),
         logprobs=tuple(entry for event in events for entry in event.logprobs),
         prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
-        drafts=tuple(draft for event in events for draft in event.drafts),
-        finish_reason=last.finish_reason,
-        stop_token=last.stop_token,
-        error=last.error,
-        timing=last.timing,
     )
 
 

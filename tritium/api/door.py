@@ -21,6 +21,8 @@ Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
 Message = Mapping[str, Any]
 
+MAX_CHOICES = 2048
+"""Answers of one request: prompts times n."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MOVED_BYTES = (*range(0x21), *range(0x7F, 0xA1), 0xAD)
 """Byte-level vocabularies write byte `_MOVED_BYTES[i]` as U+0100 + i and every other byte as its own code point."""
@@ -106,6 +108,10 @@ class Door:
         codes = [code if (code := ord(symbol)) < 256 else _MOVED_BYTES[code - 256] for symbol in entry]
         return bytes(codes)
 
+    def token_text(self, token: int) -> str:
+        """`token_bytes` as text; U+FFFD for a part of a character."""
+        return self.token_bytes(token).decode(errors="replace")
+
     def prompted(self, prompts: Prompts, sampling: SamplingParams | None = None, *,
                  options: TextOptions | None = None, priority: int = 0) -> list[Answer]:
         """An answer to be for each choice of each prompt: choice j of prompt i has index i n + j and seed + j."""
@@ -125,6 +131,9 @@ class Door:
     def _answers(self, prompts: list[list[int]], sampling: SamplingParams, options: TextOptions, priority: int,
                  param: str) -> list[Answer]:
         self._check_sampling(sampling)
+        if len(prompts) * sampling.n > MAX_CHOICES:
+            raise RequestError(f"{len(prompts)} prompts with n = {sampling.n} are {len(prompts) * sampling.n} answers, "
+                               f"and one request may ask for {MAX_CHOICES}", param=param)
         for ids in prompts:
             self._check_length(len(ids), sampling, param)
         return [

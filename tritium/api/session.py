@@ -134,10 +134,10 @@ class Session:
     # The loop's side.
 
     async def _events(self, prepare: Callable[[], Sequence[Answer]]) -> AsyncGenerator[Event, None]:
-        self.start()
         answers = await asyncio.to_thread(prepare)  # tokenizing a long prompt takes time that others need
         if self._error is not None:
             raise self._error
+        self.start()
         inbox = _Inbox()
         open_answers = {answer.request.id: answer for answer in answers}
         self._inboxes |= dict.fromkeys(open_answers, inbox)

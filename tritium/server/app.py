@@ -121,7 +121,7 @@ class Routes:
             self._check_model(text.model)
             [ids] = await asyncio.to_thread(door.encode, text.prompt, add_special=text.add_special_tokens)
             with_texts = text.return_token_strs
-        texts = [door.token_bytes(token).decode(errors="replace") for token in ids] if with_texts else None
+        texts = await asyncio.to_thread(lambda: [door.token_text(token) for token in ids]) if with_texts else None
         return JSONResponse(
             {"count": len(ids), "max_model_len": door.max_model_len, "tokens": ids, "token_strs": texts})
 

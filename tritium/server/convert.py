@@ -238,18 +238,16 @@ class CompletionShape:
     def _logprob_body(self, index: int, entries: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
         body: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, entry in entries:
-            text = self._text(token)
+            text = self._door.token_text(token)
             offset = self._offsets.get(index, 0)
             self._offsets[index] = offset + len(text)
             body["tokens"].append(text)
             body["text_offset"].append(offset)
             body["token_logprobs"].append(None if entry is None else max(entry.logprob, _LOWEST_LOGPROB))
             body["top_logprobs"].append(None if entry is None else {
-                self._text(t): max(logprob, _LOWEST_LOGPROB) for t, logprob in ((token, entry.logprob), *entry.top)})
+                self._door.token_text(other): max(logprob, _LOWEST_LOGPROB)
+                for other, logprob in ((token, entry.logprob), *entry.top)})
         return body
-
-    def _text(self, token: int) -> str:
-        return self._door.token_bytes(token).decode(errors="replace")
 
     def _echo_texts(self, prompt: Any) -> list[str]:
         texts = [prompt] if isinstance(prompt, str) else prompt
