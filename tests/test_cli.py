@@ -301,4 +301,4 @@ def test_eval_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, capsys: 
     *_, table, last = capsys.readouterr().out.splitlines()
     assert table == "a table"
     assert json.loads(last) == figures | {"count": 3}
-    assert seen == [EngineConfig(model="tritium-moe", probe_drafts=True)]
+    assert seen == [EngineConfig(model="tritium-moe")]

@@ -106,7 +106,7 @@ def test_help_names_every_command() -> None:
 
 
 def test_every_field_of_the_configuration_has_a_flag() -> None:
-    set_otherwise = {"model", "show_progress", "probe_drafts"}
+    set_otherwise = {"model", "show_progress"}
     assert set(ENGINE_FLAGS) | set_otherwise == {field.name for field in dataclasses.fields(EngineConfig)}
     assert set(SAMPLING_FLAGS) < {field.name for field in dataclasses.fields(SamplingParams)}
 

@@ -16,7 +16,8 @@ from checkpoints import random_checkpoint
 
 from tritium.cache import PagePool, SlotPool
 from tritium.config import EngineConfig
-from tritium.core import FinishReason, Request, SamplingParams, StepPlan
+from tritium.core import EngineStats, FinishReason, Request, SamplingParams, StepPlan
+from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
 from tritium.engine import Engine
 from tritium.sched import Limits, Scheduler
 
@@ -35,10 +36,13 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             max_num_seqs=32,
             num_gpu_blocks_override=160,
             max_model_len=1024,
-            probe_drafts=True,
+            speculate="mtp:4",
             show_progress=False,
         )
     )
+
+
+Served = dict[str, tuple[list[int], FinishReason]]
 
 
 def serve(
@@ -49,41 +53,41 @@ def serve(
     pages: int = 160,
     arrive: Callable[[int], int] = lambda i: 0,
     observe: Callable[[StepPlan, torch.Tensor], None] | None = None,
-) -> dict[str, tuple[list[int], list[int | None], FinishReason]]:
-    """Serves `requests`, the i-th arriving before step `arrive(i)`: (tokens, drafts, finish reason) of each."""
-    scheduler = Scheduler(Limits(32, budget, 1024), PagePool(pages), SlotPool(32))
+    proposer: Proposer | None = None,
+    depth: Callable[[Request], int] = lambda request: 0,
+) -> tuple[Served, EngineStats]:
+    """Serves `requests`, the i-th arriving before step `arrive(i)`: tokens and finish reason of each."""
+    limits, page_pool, slots = Limits(32, budget, 1024), PagePool(pages), SlotPool(32)
     run = Engine(
         engine.runner,
-        scheduler,
+        Scheduler(limits, page_pool, slots, proposer=proposer, depth=depth),
         plan=engine.memory_plan,
-        pages=scheduler._pages,
-        slots=scheduler._slots,
+        pages=page_pool,
+        slots=slots,
         directory=Path(),
         generation_defaults={},
     )
     engine.runner.observer = observe
+    engine.runner.run_head = proposer is not None
     waiting = sorted(enumerate(requests), key=lambda pair: arrive(pair[0]))
-    out: dict[str, tuple[list[int], list[int | None], FinishReason]] = {}
+    out: Served = {}
     tokens: dict[str, list[int]] = {}
-    drafts: dict[str, list[int | None]] = {}
     step = 0
     while waiting or run.has_work:
         while waiting and arrive(waiting[0][0]) <= step:
             request = waiting.pop(0)[1]
-            tokens[request.id], drafts[request.id] = [], []
+            tokens[request.id] = []
             run.add(request)
         for event in run.step():
             tokens[event.request_id] += event.tokens
-            drafts[event.request_id] += event.drafts
             if event.finish_reason:
-                out[event.request_id] = tokens[event.request_id], drafts[event.request_id], event.finish_reason
+                out[event.request_id] = tokens[event.request_id], event.finish_reason
         step += 1
         assert step < 20_000
     stats = run.stats()
     assert stats.pages_used == stats.slots_used == stats.running == stats.waiting == 0
-    serve.preemptions = stats.preemptions  # type: ignore[attr-defined]
     engine.runner.observer = None
-    return out
+    return out, stats
 
 
 def prompt(rng: random.Random, length: int) -> list[int]:
@@ -112,19 +116,19 @@ class Logits:
 def test_chunked_prefill_is_whole_prefill_for_every_chunk_size(engine: Engine, seed: int) -> None:
     ids = prompt(random.Random(seed), 75)
     whole = Logits()
-    want = serve(engine, [request("r", ids)], observe=whole)
+    want, _ = serve(engine, [request("r", ids)], observe=whole)
     for budget in range(1, len(ids)):
         chunked = Logits()
-        assert serve(engine, [request("r", ids)], budget=budget, observe=chunked) == want, budget
+        assert serve(engine, [request("r", ids)], budget=budget, observe=chunked)[0] == want, budget
         for position, logits in whole.rows.items():
             assert torch.equal(chunked.rows[position], logits), (budget, position)
 
 
 def test_chunks_of_a_long_prompt(engine: Engine, seed: int) -> None:
     ids = prompt(random.Random(seed + 1), 700)
-    want = serve(engine, [request("r", ids)], budget=1024)
+    want, _ = serve(engine, [request("r", ids)], budget=1024)
     for budget in (64, 100, 128, 333, 512, 699):
-        assert serve(engine, [request("r", ids)], budget=budget) == want, budget
+        assert serve(engine, [request("r", ids)], budget=budget)[0] == want, budget
 
 
 def mixed_requests(rng: random.Random, count: int, longest: int = 200) -> list[Request]:
@@ -150,10 +154,10 @@ def test_thirty_two_staggered_requests_are_each_alone(engine: Engine, seed: int)
     requests = mixed_requests(rng, 32)
     arrivals = [rng.randrange(60) for _ in requests]
     together, alone = Logits(), Logits()
-    got = serve(engine, again(requests), budget=96, arrive=lambda i: arrivals[i], observe=together)
-    want: dict[str, object] = {}
+    got, _ = serve(engine, again(requests), budget=96, arrive=lambda i: arrivals[i], observe=together)
+    want: Served = {}
     for r in again(requests):
-        want |= serve(engine, [r], observe=alone)
+        want |= serve(engine, [r], observe=alone)[0]
     assert got == want
     assert together.rows.keys() == alone.rows.keys()
     for position, logits in alone.rows.items():
@@ -163,11 +167,12 @@ def test_thirty_two_staggered_requests_are_each_alone(engine: Engine, seed: int)
 def test_preempted_and_resumed_is_never_preempted(engine: Engine, seed: int) -> None:
     rng = random.Random(seed + 2)
     requests = [replace_tokens(r, 90) for r in mixed_requests(rng, 12, longest=120)]
-    want = serve(engine, again(requests))
-    assert serve.preemptions == 0  # type: ignore[attr-defined]
+    want, never = serve(engine, again(requests))
+    assert never.preemptions == 0
     arrivals = [rng.randrange(20) for _ in requests]
-    assert serve(engine, again(requests), budget=70, pages=11, arrive=lambda i: arrivals[i]) == want
-    assert serve.preemptions >= 5  # type: ignore[attr-defined]
+    got, often = serve(engine, again(requests), budget=70, pages=11, arrive=lambda i: arrivals[i])
+    assert got == want
+    assert often.preemptions >= 5
 
 
 def replace_tokens(r: Request, max_tokens: int) -> Request:
@@ -177,21 +182,79 @@ def replace_tokens(r: Request, max_tokens: int) -> Request:
 def test_dirty_pools_change_nothing(engine: Engine, seed: int) -> None:
     """What earlier requests left in pages and slots reaches nobody."""
     requests = mixed_requests(random.Random(seed + 3), 6)
-    want = serve(engine, again(requests))
+    want, _ = serve(engine, again(requests))
     for cache in engine.runner.caches:
         for tensor in cache:
             tensor.fill_(float("nan"))
-    assert serve(engine, again(requests)) == want
+    assert serve(engine, again(requests))[0] == want
     for cache in engine.runner.caches:
         for tensor in cache:
             tensor.zero_()
 
 
-def test_probing_drafts_changes_no_token(engine: Engine, seed: int) -> None:
-    requests = mixed_requests(random.Random(seed + 4), 4)
-    with_drafts = serve(engine, again(requests))
-    engine.runner.probe_drafts = False
-    without = serve(engine, again(requests))
-    engine.runner.probe_drafts = True
-    assert {k: (v[0], v[2]) for k, v in with_drafts.items()} == {k: (v[0], v[2]) for k, v in without.items()}
-    assert all(draft is not None for _, drafts, _ in with_drafts.values() for draft in drafts)
+# --- speculation --------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Guesses what `guess(request, position)` says."""
+
+    def __init__(self, guess: Callable[[Request, int], int]) -> None:
+        self.guess = guess
+
+    def propose(self, request: Request, most: int) -> list[int]:
+        return [self.guess(request, request.num_tokens + i) for i in range(most)]
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+
+def test_drafts_change_no_token_whoever_guesses_and_however_many(engine: Engine, seed: int) -> None:
+    """Batched with random arrivals, with preemption; greedy, sampled and penalised; right and wrong drafts."""
+    rng = random.Random(seed + 4)
+    requests = [replace_tokens(r, 30) for r in mixed_requests(rng, 10, longest=90)]
+    want, _ = serve(engine, again(requests))
+    truth = {r.id: r.prompt_ids + want[r.id][0] + [0] * 8 for r in requests}
+
+    def right(request: Request, position: int) -> int:
+        return truth[request.id][position]
+
+    def wrong(request: Request, position: int) -> int:
+        return (right(request, position) + 1) % VOCAB
+
+    def mixed(request: Request, position: int) -> int:
+        return right(request, position) if position % 3 else wrong(request, position)
+
+    proposers: dict[str, Proposer] = {
+        "head": HeadProposer(),
+        "ngram": NgramProposer(),
+        "both": ChainedProposer(HeadProposer(), NgramProposer()),
+        "right": Scripted(right),
+        "wrong": Scripted(wrong),
+        "mixed": Scripted(mixed),
+    }
+    arrivals = [rng.randrange(20) for _ in requests]
+    for name, proposer in proposers.items():
+        for depth in (1, 2, 4):
+            got, stats = serve(
+                engine,
+                again(requests),
+                budget=70,
+                pages=11 if depth == 2 else 160,
+                arrive=lambda i: arrivals[i],
+                proposer=proposer,
+                depth=lambda request, depth=depth: depth,
+            )
+            assert got == want, (name, depth)
+            if name == "right":
+                assert stats.draft_accepted == stats.draft_proposed
+                assert stats.draft_proposed[depth - 1] > 0
+            if name == "wrong":
+                assert sum(stats.draft_proposed) > 0 == sum(stats.draft_accepted)
+
+
+def test_depth_may_change_at_every_step(engine: Engine, seed: int) -> None:
+    rng = random.Random(seed + 5)
+    requests = mixed_requests(rng, 6, longest=90)
+    want, _ = serve(engine, again(requests))
+    got, _ = serve(engine, again(requests), proposer=HeadProposer(), depth=lambda request: rng.randrange(5))
+    assert got == want

@@ -62,7 +62,7 @@ def serve(directory: Path, prompts: dict[str, list[int]], *, steps: int, dtype: 
             max_num_batched_tokens=budget,
             max_model_len=1024,
             num_gpu_blocks_override=128,
-            probe_drafts=True,
+            speculate="mtp:1",
             show_progress=False,
         )
     )

@@ -22,6 +22,7 @@ from tritium.core import (
     TokenEvent,
     TokenLogprob,
 )
+from tritium.draft.proposers import HeadProposer
 from tritium.sched import Limits, Scheduler
 
 EOS = frozenset({0, 1})
@@ -49,9 +50,23 @@ def execute_row(row: RowPlan, silent: bool = False) -> RowResult:
         prompt_logprobs = tuple(TokenLogprob(known[p - row.start], -float(p), 1) for p in about)
     if not row.samples or silent:
         return RowResult(row.request_id, prompt_logprobs=prompt_logprobs)
-    token = scripted_token(row.seed, row.stop, row.eos_ids)
-    logprob = None if row.sampling.logprobs is None else TokenLogprob(token, -1.0, 1)
-    return RowResult(row.request_id, token, logprob, prompt_logprobs, draft=row.stop)
+    tokens = []
+    for i in range(row.num_drafts + 1):
+        site = row.site(i)
+        tokens.append(scripted_token(row.seed, site.stop, row.eos_ids))
+        if i < row.num_drafts and row.ids[len(site.ids)] != tokens[-1]:
+            break
+    logprobs = () if row.sampling.logprobs is None else tuple(TokenLogprob(token, -1.0, 1) for token in tokens)
+    return RowResult(row.request_id, tuple(tokens), logprobs, prompt_logprobs, drafts=scripted_drafts(row, len(tokens)))
+
+
+def scripted_drafts(row: RowPlan, num_tokens: int) -> tuple[int, ...]:
+    """Guesses of which every third is wrong."""
+    first = row.stop - row.num_drafts + num_tokens
+    return tuple(
+        (scripted_token(row.seed, position) + (position % 3 == 0)) % VOCAB
+        for position in range(first, first + row.want_drafts)
+    )
 
 
 def make(
@@ -110,7 +125,7 @@ def test_a_request_from_prompt_to_end():
     assert (scheduler.num_waiting, scheduler.num_running) == (0, 1)
     assert event.tokens == (scripted_token(7, 10),)
     assert event.logprobs == (TokenLogprob(event.tokens[0], -1.0, 1),)
-    assert event.drafts == (10,)
+    assert event.drafts == ()
     assert event.finish_reason is event.timing is None
     plan, _ = step(scheduler)
     assert shape(plan) == [("a", 10, 11)]
@@ -347,7 +362,7 @@ def test_before_min_tokens_ids_that_end_are_masked_and_would_not_end():
         assert plan is not None
         assert plan.rows[0].eos_ids == (EOS | {stop} if i < 5 else frozenset())
         # a runner that does not heed the mask
-        result = RowResult("a", token=stop if i < 5 else 2)
+        result = RowResult("a", (stop if i < 5 else 2,))
         [event] = scheduler.commit(plan, StepResult((result,)))
         assert event.finish_reason is None
 
@@ -454,6 +469,8 @@ class Seen:
     out: list[int] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
     computed: int = 0
+    fold: int = 0
+    drafts: tuple[int, ...] = ()
     table: tuple[int, ...] = ()
     slot: int = 0
     plans_unserved: int = 0
@@ -487,9 +504,15 @@ class World:
         least = -(-self.length // 64)
         self.pages = PagePool(least + rng.choice([0, 1, 1, 2, 4]))
         self.slots = SlotPool(rng.randint(1, self.seqs))
-        self.scheduler = Scheduler(Limits(self.seqs, self.budget, self.length), self.pages, self.slots)
+        self.scheduler = Scheduler(
+            Limits(self.seqs, self.budget, self.length),
+            self.pages,
+            self.slots,
+            proposer=rng.choice((None, HeadProposer())),
+            depth=lambda r: r.seed % 5,
+        )
         self.alive: dict[str, Seen] = {}
-        self.arrivals = self.finished = self.aborted = self.preempted = 0
+        self.arrivals = self.finished = self.aborted = self.preempted = self.accepted = 0
 
     def arrive(self) -> None:
         rng = self.rng
@@ -550,6 +573,7 @@ class World:
             assert victim.running
             assert victim.key == max(s.key for s in self.alive.values() if s.running), "not the youngest"
             victim.running, victim.computed, victim.table, victim.slot = False, 0, (), 0
+            victim.fold, victim.drafts = 0, ()
             self.preempted += 1
         assert len({row.request_id for row in plan.rows}) == len(plan.rows)
         assert 0 < plan.num_tokens <= self.budget
@@ -584,9 +608,15 @@ class World:
     def check_row(self, row: RowPlan, seen: Seen, left: int) -> None:
         assert row.start == seen.computed, "a token is skipped or computed twice"
         assert row.ids
-        assert list(row.ids) == seen.known[row.start : row.stop]
-        assert list(row.next_ids) == seen.known[row.stop : row.stop + 1]
-        assert row.samples == (row.stop == len(seen.known))
+        known = row.stop - row.num_drafts
+        assert list(row.ids[: known - row.start]) == seen.known[row.start : known]
+        assert list(row.next_ids) == seen.known[known : known + 1]
+        assert row.samples == (known == len(seen.known))
+        assert row.fold == seen.fold
+        if row.num_drafts:
+            assert row.samples
+            assert not row.eos_ids, "drafts must not be verified while some ids are masked"
+            assert seen.drafts[: row.num_drafts] == row.ids[known - row.start :]
         on_boundary = row.stop % 64 == 0 or row.samples
         assert on_boundary or (len(row.ids) == left and row.start // 64 == row.stop // 64)
         assert row.prompt_len == len(seen.prompt)
@@ -620,10 +650,15 @@ class World:
         assert set(by_id) <= {row.request_id for row in rows}
         for row in rows:
             seen, event = self.alive[row.request_id], by_id.get(row.request_id, TokenEvent(row.request_id))
-            seen.computed = row.stop
+            assert not row.samples or 1 <= len(event.tokens) <= row.num_drafts + 1
+            assert event.num_drafts == row.num_drafts
+            seen.fold = max(0, len(event.tokens) - 1)
+            seen.computed = row.stop - row.num_drafts + seen.fold
+            seen.drafts = event.drafts
             seen.told += [logprob.token for logprob in event.prompt_logprobs]
-            assert event.tokens == ((scripted_token(row.seed, row.stop, row.eos_ids),) if row.samples else ())
-            assert event.drafts == ((row.stop,) if row.samples else ())
+            expected = alone(seen)[0][len(seen.out) :]
+            assert list(event.tokens) == (expected[: len(event.tokens)] if row.samples else [])
+            self.accepted += seen.fold
             seen.out += event.tokens
             assert (event.finish_reason is None) == (event.timing is None)
             if event.finish_reason is not None:
@@ -652,7 +687,7 @@ class World:
 def test_random_operations_against_the_brute_force_model(seed, part):
     """4 x 80 pools and limits, 60 operations and a drain each: more than 10,000 operations in all."""
     rng = random.Random(f"{seed}/{part}")
-    finished = aborted = preempted = 0
+    finished = aborted = preempted = accepted = 0
     for _ in range(80):
         world = World(rng)
         for _ in range(60):
@@ -675,7 +710,8 @@ def test_random_operations_against_the_brute_force_model(seed, part):
         finished += world.finished
         aborted += world.aborted
         preempted += world.preempted
-    assert min(finished, aborted, preempted) > 10, "the sequences do not reach what they are meant to test"
+        accepted += world.accepted
+    assert min(finished, aborted, preempted, accepted) > 10, "the sequences do not reach what they are meant to test"
 
 
 def test_planning_256_decode_rows_of_long_requests_is_cheap():

@@ -24,7 +24,7 @@ def tiny(count: int, as_json: bool, **flags: Any) -> None:
 
     The problems are those that the embedded models were trained for, with other numbers and names.
     """
-    config = options.engine_config(flags, probe_drafts=True)
+    config = options.engine_config(flags)
 
     from tritium.eval import tiny as evaluation
 

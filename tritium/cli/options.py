@@ -25,6 +25,7 @@ ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "gpu_memory_utilization": (float, "Share of the device's memory (on a CPU: of free memory) that may be used."),
     "kv_cache_memory_bytes": (int, "Bytes of the KV pool; default: what is left, as far as it can be used."),
     "num_gpu_blocks_override": (int, "Pages (64 tokens each) of the KV pool."),
+    "speculate": (str, "Drafts: none, auto, mtp:K, ngram:K, or mtp:K,ngram:K. Changes no token."),
     "enforce_eager": (bool, "No captured graphs."),
     "load_format": (click.Choice(("safetensors", "auto")), "Format of the weights."),
     "seed": (int, "Seed from which requests without one draw theirs; default: from the operating system."),

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from tritium.core.errors import ConfigError
 
+MAX_DRAFTS = 8
+"""Most drafts that a row verifies in a step."""
+AUTO_DRAFTS = 3
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -42,8 +45,9 @@ class EngineConfig:
     seed: int | None = None
     """Seed from which requests without one draw theirs; None: from the operating system."""
     num_threads: int | None = None
-    probe_drafts: bool = False
-    """Run the MTP head beside every step and report its guess, without using it (for `tritium eval`)."""
+    speculate: str = "auto"
+    """none, mtp:K, ngram:K, both (mtp:K,ngram:K), or auto: the MTP head where the checkpoint has one, each request as
+    deep as pays. Changes no token, whatever it says."""
     show_progress: bool = True
 
     def __post_init__(self) -> None:
@@ -51,6 +55,7 @@ class EngineConfig:
             raise ConfigError(f"--dtype {self.dtype} is not supported", hint=f"one of {', '.join(DTYPES)}")
         if self.load_format not in ("safetensors", "auto"):
             raise ConfigError(f"--load-format {self.load_format} is not supported", hint="safetensors")
+        Speculation.parse(self.speculate)
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
@@ -60,6 +65,38 @@ class EngineConfig:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"--gpu-memory-utilization must be within (0, 1], got {self.gpu_memory_utilization}")
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """`EngineConfig.speculate` in parts: at most how many drafts of the MTP head, and of n-grams."""
+
+    mtp: int = 0
+    ngram: int = 0
+    adaptive: bool = False
+    """The depth follows what is measured, from 0 to `mtp`."""
+
+    @classmethod
+    def parse(cls, text: str) -> Speculation:
+        """Raises `ConfigError` for anything but none, auto, mtp:K, ngram:K or both with a comma (1 <= K <= 8)."""
+        if text in ("none", "auto"):
+            return cls() if text == "none" else cls(mtp=AUTO_DRAFTS, adaptive=True)
+        depths: dict[str, int] = {}
+        for part in text.split(","):
+            kind, _, depth = part.strip().partition(":")
+            if kind not in ("mtp", "ngram") or kind in depths or not depth.isdecimal():
+                raise ConfigError(
+                    f"--speculate {text} is not understood", hint="none, auto, mtp:K, ngram:K, or mtp:K,ngram:K"
+                )
+            if not 1 <= int(depth) <= MAX_DRAFTS:
+                raise ConfigError(f"--speculate {text}: K must be within 1 to {MAX_DRAFTS}")
+            depths[kind] = int(depth)
+        return cls(mtp=depths.get("mtp", 0), ngram=depths.get("ngram", 0))
+
+    @property
+    def most(self) -> int:
+        """Most drafts that a row verifies in a step."""
+        return max(self.mtp, self.ngram)
 
 
 def flag(name: str) -> str:

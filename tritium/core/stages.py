@@ -5,6 +5,7 @@ Plain words only: integers, strings and floats, never a tensor. `ForwardBatch`, 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import time
 from dataclasses import dataclass, field
@@ -54,6 +55,11 @@ class Request:
     """Tokens of prompt + output whose KV and recurrent state are in the pools."""
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
+    fold: int = 0
+    """The last `fold` computed tokens were drafts: the slot's state is that of num_computed - fold, and their inputs
+    are kept beside it."""
+    drafts: tuple[int, ...] = ()
+    """Proposed after the last token; verified by the next step."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The id that ended the generation, when one did."""
@@ -80,7 +86,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """One request's share of a step: compute `ids` at positions start, start + 1, ..."""
+    """One request's share of a step: compute `ids` at positions start, start + 1, ...
+
+    The last `num_drafts` ids are guesses: the logits before each of them are sampled too, and a guess counts only when
+    it is the token that was drawn there.
+    """
 
     request_id: str
     ids: tuple[int, ...]
@@ -100,10 +110,30 @@ class RowPlan:
     next_ids: tuple[int, ...] = ()
     """What follows `ids` when it is already known (prompt ids, or recomputed output), else empty: at most one id.
     The MTP head reads it, and prompt log-probabilities are about it."""
+    num_drafts: int = 0
+    want_drafts: int = 0
+    """How many tokens to propose after what this row samples."""
+    source: int | None = None
+    """Slot that holds the state to start from, when it is not the row's own: a checkpoint, read and left as it is."""
+    fold: int = 0
+    """As in `Request`, at the start of the step."""
+    snapshots: tuple[tuple[int, int], ...] = ()
+    """(position, slot): put the state after `position` tokens there."""
+    copy_page: tuple[int, int] | None = None
+    """(from, to): copy this page before the forward pass, because the row will write into the second."""
 
     @property
     def stop(self) -> int:
         return self.start + len(self.ids)
+
+    def site(self, i: int) -> RowPlan:
+        """The row as it would be without the drafts from the i-th on: what its i-th draw sees (0 .. num_drafts)."""
+        left_out = self.num_drafts - i
+        if not self.num_drafts:
+            return self
+        kept = self.ids[: len(self.ids) - left_out]
+        history = None if self.history is None else self.history + kept[len(kept) - i :]
+        return dataclasses.replace(self, ids=kept, num_drafts=i, history=history)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +164,18 @@ class TokenLogprob:
 class RowResult:
     """What a step found out about one row.
 
-    `token` is None where the row did not sample; from a row that should have, it means that its logits were not
-    finite, and the scheduler ends that request with ERROR.
+    A row that samples and has no token failed: its logits were not finite, and the scheduler ends it with ERROR.
     """
 
     request_id: str
-    token: int | None = None
-    logprob: TokenLogprob | None = None
+    tokens: tuple[int, ...] = ()
+    """The accepted drafts and the token drawn after them."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One a token, where asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """About the prompt tokens that follow each of the row's ids (so the prompt's first token has none)."""
-    draft: int | None = None
-    """The MTP head's guess of the token after `token`, when drafts are probed."""
+    drafts: tuple[int, ...] = ()
+    """Guesses of the tokens after these, at most `want_drafts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +191,10 @@ class TokenEvent:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    drafts: tuple[int | None, ...] = ()
+    drafts: tuple[int, ...] = ()
+    """What is proposed to come next."""
+    num_drafts: int = 0
+    """Drafts that were verified in this step; all but one of `tokens` were accepted ones."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: str | None = None
@@ -239,7 +273,8 @@ class EngineStats:
     """Prompt tokens of the requests that were admitted."""
     generated_tokens: int = 0
     steps: int = 0
-    draft_proposed: int = 0
-    draft_accepted: int = 0
+    draft_proposed: tuple[int, ...] = ()
+    """Drafts verified, by position: the first guess of a step, the second, ..."""
+    draft_accepted: tuple[int, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """Time by phase: schedule, prepare, forward, sample, draft."""

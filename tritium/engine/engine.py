@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tritium.cache import PagePool, SlotPool
-from tritium.config import EngineConfig
-from tritium.core import EngineStats, Request, TokenEvent
+from tritium.config import MAX_DRAFTS, EngineConfig, Speculation
+from tritium.core import ConfigError, EngineStats, Request, TokenEvent
+from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
 from tritium.engine.memory_plan import MemoryPlan, plan_memory
 from tritium.models.config import ModelConfig
 from tritium.runner import Runner
@@ -44,14 +45,8 @@ class Engine:
         self.directory = directory
         self.generation_defaults = generation_defaults
         self._pages, self._slots = pages, slots
-        self._drafts: dict[str, int | None] = {}
-        self._counts = {
-            "prompt_tokens": 0,
-            "generated_tokens": 0,
-            "steps": 0,
-            "draft_proposed": 0,
-            "draft_accepted": 0,
-        }
+        self._counts = {"prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
+        self._proposed, self._accepted = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
         self._schedule_seconds = 0.0
 
     @classmethod
@@ -69,6 +64,7 @@ class Engine:
         target = probe(config.device)
         directory = resolve(config.model, config.revision, config.download_dir)
         checkpoint = open_checkpoint(directory)
+        speculation, proposer = _speculation(config, checkpoint.config.mtp_layers > 0)
         plan = plan_memory(checkpoint.config, config, target)
         log.info("%s", plan.table())
         if not target.is_gpu:
@@ -77,14 +73,19 @@ class Engine:
         parameters = load_parameters(checkpoint, dtype=dtype, device=device, progress=config.show_progress)
         model = Decoder(parameters, checkpoint.config, plan.max_model_len)
         caches = allocate_caches(
-            checkpoint.config, pages=plan.num_pages, slots=plan.num_slots, dtype=dtype, device=device
+            checkpoint.config,
+            pages=plan.num_pages,
+            slots=plan.num_slots,
+            dtype=dtype,
+            device=device,
+            drafts=speculation.most,
         )
         pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots)
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len)
         generation = directory / "generation_config.json"
         return cls(
-            Runner(model, caches, probe_drafts=config.probe_drafts),
-            Scheduler(limits, pages, slots),
+            Runner(model, caches, run_head=speculation.mtp > 0),
+            Scheduler(limits, pages, slots, proposer=proposer, depth=lambda request: speculation.most),
             plan=plan,
             pages=pages,
             slots=slots,
@@ -116,7 +117,6 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once and gives back all it holds; False when it is not (or no longer) known."""
-        self._drafts.pop(request_id, None)
         return self.scheduler.abort(request_id)
 
     def close(self) -> None:
@@ -150,22 +150,33 @@ class Engine:
             slots_total=self._slots.num_total,
             preemptions=self.scheduler.preemptions,
             **self._counts,
+            draft_proposed=tuple(self._proposed),
+            draft_accepted=tuple(self._accepted),
             seconds={"schedule": self._schedule_seconds, **self.runner.seconds},
         )
 
     def _count(self, events: list[TokenEvent]) -> None:
-        """Tokens, and how often the guess of the step before was the token of this one."""
         self._counts["steps"] += 1
         for event in events:
             self._counts["generated_tokens"] += len(event.tokens)
-            if not self.runner.probe_drafts or not event.tokens:
-                continue
-            guess = self._drafts.pop(event.request_id, None)
-            if guess is not None:
-                self._counts["draft_proposed"] += 1
-                self._counts["draft_accepted"] += guess == event.tokens[0]
-            if event.finish_reason is None:
-                self._drafts[event.request_id] = event.drafts[-1]
+            accepted = max(0, len(event.tokens) - 1)
+            # Drafts after the end of an answer were neither right nor wrong.
+            for i in range(event.num_drafts if event.finish_reason is None else accepted):
+                self._proposed[i] += 1
+                self._accepted[i] += i < accepted
+
+
+def _speculation(config: EngineConfig, has_head: bool) -> tuple[Speculation, Proposer | None]:
+    """What is asked for, as far as the checkpoint can; auto means nothing where there is no MTP head."""
+    asked = Speculation.parse(config.speculate)
+    if asked.mtp and not has_head:
+        if not asked.adaptive:
+            raise ConfigError(
+                f"--speculate {config.speculate}: this checkpoint has no MTP head", hint="ngram:K, auto or none"
+            )
+        asked = Speculation()
+    head, ngram = HeadProposer() if asked.mtp else None, NgramProposer() if asked.ngram else None
+    return asked, ChainedProposer(head, ngram) if head and ngram else head or ngram
 
 
 def _threads(plan: MemoryPlan, cores: int) -> int:

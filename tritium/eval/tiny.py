@@ -23,8 +23,8 @@ TARGETS = {"word_problems": 0.90, "tool_calls": 0.95, "recall": 0.95, "mtp_accep
 def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str, Any]:
     """Shares of right answers per kind, MTP acceptance, and what it took.
 
-    `count` problems of each kind. `mtp_acceptance` is the share of generated tokens, over all kinds, that the MTP head
-    had guessed one step before (None without an MTP head); `config.probe_drafts` must be set for it.
+    `count` problems of each kind. `mtp_acceptance` is the share of the MTP head's first drafts, over all kinds, that
+    were the very token the model went on with (None where nothing was drafted).
     """
     kinds = {
         "word_problems": tasks.word_problems("heldout", seed, count),
@@ -39,7 +39,9 @@ def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str
             answers = _answer(llm, problems, f"{kind:<14}", config.show_progress)
             figures[kind] = sum(map(_right, problems, answers)) / len(problems)
         stats = llm.stats()
-        figures["mtp_acceptance"] = stats.draft_accepted / stats.draft_proposed if stats.draft_proposed else None
+        by_position = [a / p for a, p in zip(stats.draft_accepted, stats.draft_proposed) if p]
+        figures["mtp_acceptance"] = by_position[0] if by_position else None
+        figures["acceptance_by_position"] = by_position
         figures["generated_tokens"] = stats.generated_tokens
         figures["prompt_tokens"] = stats.prompt_tokens
         figures["seconds"] = round(time.perf_counter() - begin, 1)

@@ -1,6 +1,6 @@
 """A step as tensors.
 
-Shapes: T tokens, R rows, S rows that sample.
+Shapes: T tokens, R rows, S draws.
 """
 
 from __future__ import annotations
@@ -24,21 +24,31 @@ class ForwardBatch:
 
     ids_T: torch.Tensor
     spans: Spans
-    samples: tuple[int, ...]
-    """Rows whose last token is sampled."""
+    draws_S: torch.Tensor
+    """Tokens after which one is drawn: of a row that samples, the one before each draft, and the last."""
 
     @classmethod
     def from_plan(cls, plan: StepPlan, device: torch.device) -> ForwardBatch:
+        rows = plan.rows
         spans = Spans(
-            lengths=tuple(len(row.ids) for row in plan.rows),
-            contexts=tuple(row.start for row in plan.rows),
-            slots=tuple(row.slot for row in plan.rows),
-            pages=tuple(row.pages for row in plan.rows),
+            lengths=tuple(len(row.ids) for row in rows),
+            contexts=tuple(row.start for row in rows),
+            slots=tuple(row.slot for row in rows),
+            pages=tuple(row.pages for row in rows),
             device=device,
+            sources=tuple(row.slot if row.source is None else row.source for row in rows),
+            folds=tuple(row.fold for row in rows),
+            drafts=tuple(row.num_drafts for row in rows),
+            snapshots=tuple(row.snapshots for row in rows),
         )
-        ids = [token for row in plan.rows for token in row.ids]
-        samples = tuple(i for i, row in enumerate(plan.rows) if row.samples)
-        return cls(torch.tensor(ids, dtype=torch.int64, device=device), spans, samples)
+        draws = [
+            start + len(row.ids) - 1 - i
+            for row, start in zip(rows, spans.starts, strict=True)
+            if row.samples
+            for i in range(row.num_drafts, -1, -1)
+        ]
+        ids = [token for row in rows for token in row.ids]
+        return cls(spans.tensor(ids), spans, spans.tensor(draws))
 
 
 class AttentionCache(NamedTuple):

@@ -1,6 +1,6 @@
-"""Executes a plan: batch, forward, sample.
+"""Executes a plan: batch, forward, sample, verify drafts, propose the next ones.
 
-Shapes: T tokens, S rows that sample, H hidden, V vocabulary.
+Shapes: T tokens, S draws, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 
 from tritium.core import RowPlan, RowResult, StepPlan, StepResult, TokenLogprob
+from tritium.draft import mtp
 from tritium.models.decoder import Decoder
-from tritium.nn.batch import ForwardBatch, LayerCache
-from tritium.sampling import Sampler, prompt_logprobs
+from tritium.nn.batch import AttentionCache, ForwardBatch, LayerCache
+from tritium.sampling import Sampled, Sampler, prompt_logprobs
 
 Observer = Callable[[StepPlan, torch.Tensor], None]
 """Called with the plan and the logits after every one of its tokens, [T, V] float32."""
@@ -23,11 +24,12 @@ Observer = Callable[[StepPlan, torch.Tensor], None]
 class Runner:
     """Holds the network and its pools; knows nothing of requests beyond the rows of a plan."""
 
-    def __init__(self, model: Decoder, caches: Sequence[LayerCache], *, probe_drafts: bool = False) -> None:
+    def __init__(self, model: Decoder, caches: Sequence[LayerCache], *, run_head: bool = False) -> None:
+        """`run_head`: let the MTP head follow every step, so that it can propose; needs a checkpoint that has one."""
         self.model = model
         self.caches = caches
         self.sampler = Sampler()
-        self.probe_drafts = probe_drafts and model.mtp is not None
+        self.run_head = run_head and model.mtp is not None
         self.observer: Observer | None = None
         self.seconds = {"prepare": 0.0, "forward": 0.0, "sample": 0.0, "draft": 0.0}
         """Time spent in each phase since the start."""
@@ -35,37 +37,65 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         with self._timed("prepare"):
+            self._copy_pages([row.copy_page for row in plan.rows if row.copy_page])
             batch = ForwardBatch.from_plan(plan, self.model.device)
         with self._timed("forward"):
             hidden_TH = self.model.forward(batch, self.caches)
-            last_S = batch.spans.last_R[list(batch.samples)]
-            logits_SV = self.model.logits(hidden_TH[last_S])
+            logits_SV = self.model.logits(hidden_TH[batch.draws_S])
         if self.observer is not None:
             self.observer(plan, self.model.logits(hidden_TH))
-        rows = [plan.rows[i] for i in batch.samples]
         with self._timed("sample"):
-            draws = dict(zip(batch.samples, self.sampler.sample(rows, logits_SV)))
+            drawn = self._verified(plan, logits_SV)
             told = {
-                i: self._prompt_logprobs(row, hidden_TH[batch.spans.starts[i] :][: len(row.ids)])
+                i: self._prompt_logprobs(row, hidden_TH[batch.spans.starts[i] :])
                 for i, row in enumerate(plan.rows)
                 if row.sampling.prompt_logprobs is not None and row.start < row.prompt_len
             }
-        drafts: dict[int, int] = {}
-        if self.probe_drafts:
+        tokens = [tuple(draw.token for draw in draws if draw.token is not None) for draws in drawn]
+        drafts: Sequence[tuple[int, ...]] = [()] * len(tokens)
+        if self.run_head:
             with self._timed("draft"):
-                drafts = self._drafts(plan, batch, hidden_TH, {i: draw.token for i, draw in draws.items()})
+                drafts = mtp.propose(self.model, self.caches[-1], self._draw, plan, batch, hidden_TH, tokens)
         return StepResult(
             tuple(
                 RowResult(
                     row.request_id,
-                    token=draws[i].token if i in draws else None,
-                    logprob=draws[i].logprob if i in draws else None,
+                    tokens=tokens[i],
+                    logprobs=tuple(draw.logprob for draw in drawn[i] if draw.logprob is not None),
                     prompt_logprobs=told.get(i, ()),
-                    draft=drafts.get(i),
+                    drafts=drafts[i],
                 )
                 for i, row in enumerate(plan.rows)
             )
         )
+
+    def _verified(self, plan: StepPlan, logits_SV: torch.Tensor) -> list[list[Sampled]]:
+        """Each row's draws up to the first that is not the draft there: the token that row really has next.
+
+        A draw depends on (seed, position) and the logits alone, so these are the tokens of a run without drafts.
+        """
+        sites = [row.site(i) for row in plan.rows if row.samples for i in range(row.num_drafts + 1)]
+        draws = iter(self.sampler.sample(sites, logits_SV))
+        out: list[list[Sampled]] = []
+        for row in plan.rows:
+            drafts = row.ids[len(row.ids) - row.num_drafts :]
+            own = [next(draws) for _ in range(row.num_drafts + 1)] if row.samples else []
+            right = next((i for i, token in enumerate(drafts) if own[i].token != token), row.num_drafts)
+            out.append(own[: right + 1])
+        return out
+
+    def _draw(self, sites: Sequence[RowPlan], logits_SV: torch.Tensor) -> list[int | None]:
+        return [draw.token for draw in self.sampler.sample(sites, logits_SV)]
+
+    def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Pages of all attention layers, the MTP head's included, from first to second."""
+        if not copies:
+            return
+        source, target = (list(ids) for ids in zip(*copies, strict=True))
+        for cache in self.caches:
+            if isinstance(cache, AttentionCache):
+                for pages in cache:
+                    pages[target] = pages[source]
 
     def _prompt_logprobs(self, row: RowPlan, hidden_TH: torch.Tensor) -> tuple[TokenLogprob, ...]:
         """About the prompt tokens that follow each of the row's ids."""
@@ -73,24 +103,6 @@ class Runner:
         k = row.sampling.prompt_logprobs
         assert k is not None
         return tuple(prompt_logprobs(self.model.logits(hidden_TH[: len(following)]), following, k))
-
-    def _drafts(
-        self, plan: StepPlan, batch: ForwardBatch, hidden_TH: torch.Tensor, tokens: dict[int, int | None]
-    ) -> dict[int, int]:
-        """The MTP head's greedy guess for every row that sampled. Runs over all tokens, so that its KV is complete."""
-        following: list[int] = []
-        for i, row in enumerate(plan.rows):
-            token = tokens.get(i)
-            known = row.next_ids or (() if token is None else (token,))
-            following += row.ids[1:] + (known or row.ids[-1:])
-        drafted_TH = self.model.draft_hidden(
-            hidden_TH, batch.spans.tensor(following), batch.spans, self.caches[-1]
-        )
-        rows = [i for i, token in tokens.items() if token is not None]
-        if not rows:
-            return {}
-        guesses = self.model.logits(drafted_TH[batch.spans.last_R[rows]]).argmax(-1).tolist()
-        return dict(zip(rows, guesses))
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

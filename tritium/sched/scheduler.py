@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tritium.cache import PagePool, SlotPool, pages_for
@@ -41,6 +42,7 @@ from tritium.core import (
     Timing,
     TokenEvent,
 )
+from tritium.draft.proposers import Proposer
 
 CHUNK_TOKENS = 64
 """Prefill chunks are cut on absolute multiples of this."""
@@ -62,8 +64,19 @@ class Scheduler:
     `plan` and `commit` alternate; `add` and `abort` may come at any time between two calls.
     """
 
-    def __init__(self, limits: Limits, pages: PagePool, slots: SlotPool) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        pages: PagePool,
+        slots: SlotPool,
+        *,
+        proposer: Proposer | None = None,
+        depth: Callable[[Request], int] = lambda request: 0,
+    ) -> None:
+        """`proposer` guesses the tokens that a decode row verifies beside its own, at most `depth` of them."""
         self.limits = limits
+        self._proposer = proposer
+        self._depth = depth
         self.preemptions = 0
         """Preemptions since the start, of all requests."""
         self._pages = pages
@@ -114,6 +127,9 @@ class Scheduler:
             if _decodes(request) and request.status is Status.RUNNING and self._grow(request, preempted):
                 stops[request] = request.num_tokens
         budget -= len(stops)
+        for request in stops if self._proposer else ():
+            request.drafts = self._verifiable(request, budget)
+            budget -= len(request.drafts)
         for request in self._running:
             if budget and request not in stops:
                 stops[request] = _chunk_stop(request, budget)
@@ -186,7 +202,8 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self._release(request)
         request.status = Status.WAITING
-        request.num_computed = 0
+        request.num_computed = request.fold = 0
+        request.drafts = ()
         request.num_preemptions += 1
         self.preemptions += 1
         insort(self._waiting, request, key=_order)
@@ -197,6 +214,8 @@ class Scheduler:
         else:
             _remove(self._waiting, request)
         del self._requests[request.id]
+        if self._proposer:
+            self._proposer.forget(request.id)
         request.status = Status.FINISHED
         request.finish_reason = reason
         request.finished_at = time.monotonic()
@@ -226,9 +245,24 @@ class Scheduler:
         request.pages += self._pages.allocate(1)
         return True
 
+    def _verifiable(self, request: Request, budget: int) -> tuple[int, ...]:
+        """The drafts that the next step verifies: no more than can be accepted, nor than free pages hold."""
+        assert self._proposer is not None
+        if len(request.output_ids) < request.sampling.min_tokens:
+            return ()  # what the sampler must not pick would differ from draft to draft
+        useful = request.max_total_tokens - request.num_tokens - 1
+        most = min(self._depth(request), budget, useful)
+        drafts = tuple(self._proposer.propose(request, most)) if most > 0 else ()
+        room = len(request.pages) * PAGE_TOKENS - request.num_tokens
+        if room < len(drafts) and self._pages.num_free:
+            request.pages += self._pages.allocate(1)
+            room += PAGE_TOKENS
+        return drafts[: max(0, room)]
+
     def _row(self, request: Request, stop: int) -> RowPlan:
         sampling, prompt = request.sampling, len(request.prompt_ids)
         samples = stop == request.num_tokens
+        drafts = request.drafts if samples else ()
         masked: frozenset[int] = frozenset()
         if samples and len(request.output_ids) < sampling.min_tokens:
             masked = frozenset(sampling.stop_token_ids)
@@ -240,7 +274,7 @@ class Scheduler:
         assert request.slot is not None
         return RowPlan(
             request_id=request.id,
-            ids=request.ids(request.num_computed, stop),
+            ids=request.ids(request.num_computed, stop) + drafts,
             start=request.num_computed,
             pages=table,
             slot=request.slot,
@@ -251,18 +285,24 @@ class Scheduler:
             prompt_len=prompt,
             history=request.ids(0, request.num_tokens) if samples and sampling.uses_penalties else None,
             next_ids=() if samples else request.ids(stop, stop + 1),
+            num_drafts=len(drafts),
+            want_drafts=self._depth(request) if samples and self._proposer else 0,
+            fold=request.fold,
         )
 
     # ---- committing -------------------------------------------------------------------------------------------
 
     def _commit_row(self, request: Request, row: RowPlan, out: RowResult) -> TokenEvent | None:
-        request.num_computed = row.stop
+        accepted = max(0, len(out.tokens) - 1)
+        request.num_computed = row.stop - row.num_drafts + accepted
+        request.fold = accepted
+        request.drafts = out.drafts
         # The row's i-th is the prompt's (start + i)-th; those before num_prompt_logprobs were told before.
         prompt_logprobs = out.prompt_logprobs[max(0, request.num_prompt_logprobs - row.start) :]
         request.num_prompt_logprobs += len(prompt_logprobs)
         if not row.samples:
             return TokenEvent(request.id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
-        if out.token is None:
+        if not out.tokens:
             self._finish(request, FinishReason.ERROR)
             return TokenEvent(
                 request.id,
@@ -271,20 +311,27 @@ class Scheduler:
                 error="the model's logits are not finite",
                 timing=_timing(request),
             )
-        request.output_ids.append(out.token)
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-        reason = _ending(request, out.token)
+        reason, count = None, 0
+        while reason is None and count < len(out.tokens):
+            request.output_ids.append(out.tokens[count])
+            reason = _ending(request, out.tokens[count])
+            count += 1
         if reason is FinishReason.STOP:
-            request.stop_token = out.token
+            request.stop_token = out.tokens[count - 1]
         if reason is not None:
+            # Of what was computed, the tokens that the answer has; the last one is never computed.
+            request.num_computed = min(request.num_computed, request.num_tokens - 1)
+            request.fold = max(0, count - 1)
             self._finish(request, reason)
         return TokenEvent(
             request.id,
-            tokens=(out.token,),
-            logprobs=() if out.logprob is None else (out.logprob,),
+            tokens=out.tokens[:count],
+            logprobs=out.logprobs[:count],
             prompt_logprobs=prompt_logprobs,
-            drafts=(out.draft,),
+            drafts=() if reason else out.drafts,
+            num_drafts=row.num_drafts,
             finish_reason=reason,
             stop_token=request.stop_token,
             timing=None if reason is None else _timing(request),

@@ -1,0 +1,82 @@
+"""The MTP head as a proposer on the device: it runs after every step, over the tokens that stay.
+
+A guess is drawn like the target's own token there, from the head's logits with the same uniform: where the two
+distributions agree, the draws mostly do, at any temperature.
+
+Shapes: T tokens, R rows that go on guessing, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tritium.core import PAGE_TOKENS, RowPlan, StepPlan
+from tritium.models.decoder import Decoder
+from tritium.nn.batch import ForwardBatch, LayerCache
+from tritium.ops.spans import Spans
+
+Draw = Callable[[Sequence[RowPlan], torch.Tensor], Sequence[int | None]]
+"""A token for each row from its logits, with the row's own parameters and seed."""
+
+
+def propose(
+    model: Decoder,
+    cache: LayerCache,
+    draw: Draw,
+    plan: StepPlan,
+    batch: ForwardBatch,
+    hidden_TH: torch.Tensor,
+    tokens: Sequence[tuple[int, ...]],
+) -> list[tuple[int, ...]]:
+    """At most `want_drafts` guesses of what follows each row of a step.
+
+    `hidden_TH`: the target's final-normed hidden states; `tokens[i]`: what row i gained, empty where it did not sample.
+    The head's own KV layer is written for every token that stays, one position a token, in the target's pages.
+    """
+    spans, rows = batch.spans, plan.rows
+    stay = [len(row.ids) - row.num_drafts + max(0, len(new) - 1) for row, new in zip(rows, tokens, strict=True)]
+    places = [spans.starts[i] + t for i, count in enumerate(stay) for t in range(count)]
+    following: list[int] = []
+    for row, count, new in zip(rows, stay, tokens, strict=True):
+        # After a row that failed nothing follows: any id keeps the shapes together, and nobody reads it.
+        following += row.ids[1:count] + (row.next_ids or new[-1:] or row.ids[-1:])
+    head = Spans(tuple(stay), spans.contexts, spans.slots, spans.pages, spans.device)
+    hidden_TH = hidden_TH[spans.tensor(places)] if sum(stay) < len(hidden_TH) else hidden_TH
+    hidden_TH = model.draft_hidden(hidden_TH, spans.tensor(following), head, cache)
+
+    out: list[tuple[int, ...]] = [()] * len(rows)
+    going = [i for i, row in enumerate(rows) if row.want_drafts and tokens[i]]
+    hidden_RH = hidden_TH[head.last_R[going]] if going else hidden_TH[:0]
+    while going:
+        sites = [_site(rows[i], tokens[i] + out[i]) for i in going]
+        for i, token in zip(going, draw(sites, model.logits(hidden_RH)), strict=True):
+            out[i] += (0 if token is None else token,)
+        # The next guess needs a place for the key and value of this one; where a row's pages end, guessing ends.
+        at = {i: spans.contexts[i] + stay[i] + len(out[i]) - 1 for i in going}
+        on = [
+            k
+            for k, i in enumerate(going)
+            if len(out[i]) < rows[i].want_drafts and at[i] < PAGE_TOKENS * len(rows[i].pages)
+        ]
+        if not on:
+            break
+        hidden_RH, going = hidden_RH[on], [going[k] for k in on]
+        step = Spans(
+            (1,) * len(going),
+            tuple(at[i] for i in going),
+            tuple(spans.slots[i] for i in going),
+            tuple(spans.pages[i] for i in going),
+            spans.device,
+        )
+        hidden_RH = model.draft_hidden(hidden_RH, spans.tensor([out[i][-1] for i in going]), step, cache)
+    return out
+
+
+def _site(row: RowPlan, new: tuple[int, ...]) -> RowPlan:
+    """The row as it will be when `new` are its tokens: what a draw after them sees."""
+    sure = row.site(0)
+    history = None if sure.history is None else sure.history + new
+    return dataclasses.replace(sure, ids=sure.ids + new, history=history, eos_ids=frozenset())
