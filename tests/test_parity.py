@@ -62,7 +62,7 @@ def serve(directory: Path, prompts: dict[str, list[int]], *, steps: int, dtype: 
             max_num_batched_tokens=budget,
             max_model_len=1024,
             num_gpu_blocks_override=128,
-            speculate="mtp:1",
+            speculate="none",
             show_progress=False,
         )
     )
@@ -87,6 +87,7 @@ def serve(directory: Path, prompts: dict[str, list[int]], *, steps: int, dtype: 
         keep(current[0], model.logits(hidden_TH), served.drafts)
         return hidden_TH
 
+    engine.runner.run_head = model.mtp is not None  # it follows every token, and proposes nothing
     engine.runner.observer = observe
     model.draft_hidden = overheard  # type: ignore[method-assign,assignment]
     for i, (name, prompt) in enumerate(prompts.items()):
