@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 import subprocess
 import sys
 import time
+import tokenize
 from pathlib import Path
 
 import click
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tritium"
 BIN = Path(sys.executable).parent
 BUDGET = 12_000
-"""Lines of Python in tritium/, all of them: code, comments and blank lines."""
+"""Lines of code in tritium/: what is left without blank lines, comments and docstrings."""
 LONGEST_FILE = 600
 DATA = {"tritium/eval/tasks.py"}
 """Files that are mostly lists of words, which may be longer."""
@@ -31,6 +33,18 @@ FORBIDDEN = ("/" + "work/", "/" + "root/", "/" + "opt/wheels")
 
 def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
+
+
+def code_lines(path: Path) -> int:
+    text = path.read_text()
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    starts = text.splitlines()
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        docstring = token.type == tokenize.STRING and starts[token.start[0] - 1].lstrip().startswith('"""')
+        if token.type not in skipped and not docstring:
+            found.update(range(token.start[0], token.end[0] + 1))
+    return len(found)
 
 
 def sources() -> list[Path]:
@@ -56,8 +70,8 @@ def test_layers() -> None:
 
 
 def test_size_of_the_project() -> None:
-    total = sum(lines(path) for path in sources())
-    assert total <= BUDGET, f"{total} lines of Python in tritium/, and {BUDGET} are the budget"
+    total = sum(code_lines(path) for path in sources())
+    assert total <= BUDGET, f"{total} lines of code in tritium/, and {BUDGET} are the budget"
 
 
 def test_size_of_files() -> None:
