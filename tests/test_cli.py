@@ -261,7 +261,7 @@ def test_doctor_reports_machine_ops_and_plan(capsys: pytest.CaptureFixture[str])
     code = outcome("doctor", "--device", "cpu", "--max-num-seqs", "3")
     out = capsys.readouterr().out
     assert (code == 0) == ("no problems found" in out)
-    for words in ("torch 2.", "cpu: ", "paged_attention", "gdn", "memory plan", "3 slots"):
+    for words in ("torch 2.", "cpu: ", "paged_attention", "gdn", "memory plan", "3 requests and"):
         assert words in out
 
 

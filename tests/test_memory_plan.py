@@ -73,7 +73,7 @@ def test_27b_on_one_h200() -> None:
     assert 50e9 < plan.weights < 56e9
     assert plan.num_slots == 64
     assert plan.max_model_len == 262144
-    assert plan.full_length_requests == plan.max_tokens // 262144 == 4
+    assert plan.full_length_requests == plan.max_tokens // 262144 == 3
     assert plan.total <= plan.budget == int(0.9 * H200.memory_total)
     assert not plan.notes
 
@@ -87,9 +87,21 @@ def test_auto_is_the_checkpoints_dtype_on_a_gpu_and_float32_on_a_cpu() -> None:
 
 
 def test_a_pool_is_no_larger_than_its_requests_can_use() -> None:
-    plan = plan_memory(M08B, EngineConfig(max_num_seqs=3, max_model_len=1000), H200)
-    assert plan.num_pages == 3 * 16
+    small = EngineConfig(max_num_seqs=3, max_model_len=1000, enable_prefix_caching=False)
+    plan = plan_memory(M08B, small, H200)
+    assert (plan.num_pages, plan.num_slots, plan.num_checkpoints) == (3 * 16, 3, 0)
     assert plan.full_length_requests == 3
+
+
+def test_a_prefix_cache_gets_pages_and_checkpoints_of_its_own() -> None:
+    plan = plan_memory(M08B, EngineConfig(max_num_seqs=3, max_model_len=1000), H200)
+    assert (plan.num_pages, plan.num_slots, plan.num_checkpoints) == (2 * 3 * 16, 3, 256)
+    assert "3 requests and 256 checkpoints" in plan.table()
+    assert plan_memory(M08B, EngineConfig(num_checkpoints=5), H200).num_checkpoints == 5
+    on_cpu = plan_memory(M08B, EngineConfig(max_num_seqs=4), LAPTOP)
+    assert on_cpu.num_checkpoints * on_cpu.bytes_per_slot <= 256 << 20
+    with pytest.raises(CapacityError, match="--num-checkpoints 9999 asks for .* of state"):
+        plan_memory(M27B, EngineConfig(num_checkpoints=9999), H200)
 
 
 def test_a_cpu_takes_4_gib_of_kv_unless_told_otherwise() -> None:

@@ -45,7 +45,10 @@ def test_streamed_is_whole(real_server, seed):
     entries = [e for c in chunks[:-1] if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert [entry.token for entry in entries] == [entry.token for entry in whole.choices[0].logprobs.content]
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert chunks[-1].usage == whole.usage
+    usage, first = chunks[-1].usage, whole.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (first.prompt_tokens, first.completion_tokens)
+    # The very prompt of the answer before: all but its last token are reused.
+    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
 
 
 def test_n_is_n_separate_seeds(real_server, seed):

@@ -21,6 +21,7 @@ class Answer:
         self._text = text
         self._keep_stop = keep_stop
         self._completion_tokens = 0
+        self._cached_tokens = 0
         self._called_tools = False
 
     def take(self, event: TokenEvent) -> Event:
@@ -34,6 +35,7 @@ class Answer:
         self._completion_tokens += used
         self._called_tools |= bool(delta.tool_calls)
         reason = event.finish_reason if delta.stopped_by is None else FinishReason.STOP
+        self._cached_tokens = event.cached_tokens
         self.finished = reason is not None
         if reason is FinishReason.STOP and self._called_tools:
             reason = FinishReason.TOOL_CALLS
@@ -54,7 +56,8 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.request.prompt_ids), self._completion_tokens, self._text.reasoning_tokens)
+        prompt, reasoning = len(self.request.prompt_ids), self._text.reasoning_tokens
+        return Usage(prompt, self._completion_tokens, reasoning, self._cached_tokens)
 
     def _timing(self, event: TokenEvent) -> Timing:
         """The engine's, or, where a stop string ended the answer before the engine did, the same as of now."""

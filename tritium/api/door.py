@@ -54,6 +54,7 @@ class Door:
         self.eos_ids = frozenset(engine.model_config.eos_ids) | _ids(self.generation_defaults.get("eos_token_id"))
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._served = itertools.count()
+        self._turn_start = chat.tokenizer.token_id("<|im_start|>")
 
     def default_sampling(self, **overrides: Any) -> SamplingParams:
         """The checkpoint's generation_config.json as sampling parameters, under the overrides that are not None.
@@ -146,7 +147,8 @@ class Door:
     def _answer(self, ids: list[int], index: int, seed: int, sampling: SamplingParams, options: TextOptions,
                 priority: int) -> Answer:
         request = Request(id=f"r{next(self._served)}", prompt_ids=list(ids), sampling=sampling, seed=seed,
-                          eos_ids=self.eos_ids, priority=priority)
+                          eos_ids=self.eos_ids, priority=priority,
+                          turn_starts=tuple(i for i, token in enumerate(ids) if token == self._turn_start))
         text = self.chat.stream(
             prompt=ids if options.chat else (),
             stop=sampling.stop,
@@ -195,9 +197,10 @@ def load(config: EngineConfig) -> tuple[EngineCore, Door]:
     """Load the engine (heavy: reads the weights) and the text format beside it."""
     from tritium.engine import Engine
 
-    engine: EngineCore = Engine.load(config)
-    directory = engine.directory if config.tokenizer is None else Path(config.tokenizer)
-    return engine, Door(engine, load_chat(directory), seed=config.seed)
+    engine = Engine.load(config)
+    chat = load_chat(engine.directory if config.tokenizer is None else Path(config.tokenizer))
+    engine.show_tokens_as(lambda ids: chat.decode(ids, skip_special=False))
+    return engine, Door(engine, chat, seed=config.seed)
 
 
 def _ids(value: object) -> frozenset[int]:

@@ -1,5 +1,17 @@
 """Who owns which KV page and which GDN slot: bookkeeping in integers, the memory itself lives in the runner."""
 
 from tritium.cache.pools import PagePool, SlotPool, pages_for
+from tritium.cache.prefix import Checkpoint, Lease, Match, Node, PrefixCache, common_prefix, may_resume
 
-__all__ = ["PagePool", "SlotPool", "pages_for"]
+__all__ = [
+    "Checkpoint",
+    "Lease",
+    "Match",
+    "Node",
+    "PagePool",
+    "PrefixCache",
+    "SlotPool",
+    "common_prefix",
+    "may_resume",
+    "pages_for",
+]

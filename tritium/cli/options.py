@@ -26,6 +26,8 @@ ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "kv_cache_memory_bytes": (int, "Bytes of the KV pool; default: what is left, as far as it can be used."),
     "num_gpu_blocks_override": (int, "Pages (64 tokens each) of the KV pool."),
     "speculate": (str, "Drafts: none, auto, mtp:K, ngram:K, or mtp:K,ngram:K. Changes no token."),
+    "enable_prefix_caching": (bool, "Keep what requests computed for those that begin alike."),
+    "num_checkpoints": (int, "Recurrent states that the prefix cache keeps; default: a share of the memory."),
     "enforce_eager": (bool, "No captured graphs."),
     "load_format": (click.Choice(("safetensors", "auto")), "Format of the weights."),
     "seed": (int, "Seed from which requests without one draw theirs; default: from the operating system."),
@@ -39,9 +41,11 @@ def engine_flags(command: Command) -> Command:
     defaults = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
     command = click.option("--quiet", "-q", is_flag=True, help="No progress bars and no plan on stderr.")(command)
     for name, (kind, text) in reversed(ENGINE_FLAGS.items()):
-        kwargs: dict[str, Any] = {"is_flag": True} if kind is bool else {"type": kind, "default": defaults[name]}
+        kwargs: dict[str, Any] = {"is_flag": True} if kind is bool else {"type": kind}
         shown = kind is not bool and defaults[name] is not None
-        command = click.option(flag(name), name, help=text, show_default=shown, **kwargs)(command)
+        spelled = f"{flag(name)}/{flag('no_' + name)}" if defaults[name] is True else flag(name)
+        kwargs |= {"default": defaults[name], "show_default": shown}
+        command = click.option(spelled, name, help=text, **kwargs)(command)
     about = "A directory, a hub name (owner/name), tritium-dense or tritium-moe."
     return click.option("--model", "model_flag", default=None, help=f"{about}  [default: tritium-dense]")(command)
 

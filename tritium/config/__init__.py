@@ -39,6 +39,10 @@ class EngineConfig:
     """Bytes of the KV pool; None: what is left, up to what max_num_seqs full contexts can use."""
     num_gpu_blocks_override: int | None = None
     """Pages of the KV pool, overriding both of the above (vLLM's name; here a page is 64 tokens)."""
+    enable_prefix_caching: bool = True
+    """Keep what requests computed for those that begin alike. Changes no token."""
+    num_checkpoints: int | None = None
+    """Recurrent states that the prefix cache keeps; None: as many as a share of the memory holds."""
     enforce_eager: bool = False
     """No captured graphs (there are none on a CPU, where this changes nothing)."""
     load_format: str = "safetensors"
@@ -59,7 +63,9 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "num_threads"):
+        for name in (
+            "max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "num_checkpoints", "num_threads"
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {value}")

@@ -60,6 +60,10 @@ class Request:
     are kept beside it."""
     drafts: tuple[int, ...] = ()
     """Proposed after the last token; verified by the next step."""
+    turn_starts: tuple[int, ...] = ()
+    """Positions in the prompt at which a turn of the conversation begins."""
+    num_cached: int | None = None
+    """Prompt tokens that were taken from the prefix cache when it first ran; None before."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The id that ended the generation, when one did."""
@@ -200,6 +204,8 @@ class TokenEvent:
     error: str | None = None
     timing: Timing | None = None
     """Set with `finish_reason`."""
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +274,17 @@ class EngineStats:
     pages_total: int = 0
     slots_used: int = 0
     slots_total: int = 0
+    pages_cached: int = 0
+    """Pages of the prefix cache that no request reads; `pages_used` leaves them out."""
+    checkpoints: int = 0
+    """Recurrent states in the prefix cache; `slots_used` leaves them out."""
     preemptions: int = 0
     prompt_tokens: int = 0
     """Prompt tokens of the requests that were admitted."""
+    prefix_hit_tokens: int = 0
+    """Prompt tokens taken from the prefix cache, each request counted when it first ran."""
+    prefix_miss_tokens: dict[str, int] = field(default_factory=dict)
+    """The others by reason: never_seen, parted, pages_evicted, checkpoint_evicted."""
     generated_tokens: int = 0
     steps: int = 0
     draft_proposed: tuple[int, ...] = ()

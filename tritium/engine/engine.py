@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tritium.cache import PagePool, SlotPool
+from tritium.cache import PagePool, PrefixCache, SlotPool
 from tritium.config import MAX_DRAFTS, EngineConfig, Speculation
 from tritium.core import ConfigError, EngineStats, Request, TokenEvent
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
@@ -75,17 +75,20 @@ class Engine:
         caches = allocate_caches(
             checkpoint.config,
             pages=plan.num_pages,
-            slots=plan.num_slots,
+            slots=plan.num_slots + plan.num_checkpoints,
             dtype=dtype,
             device=device,
             drafts=speculation.most,
         )
-        pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots)
+        pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots + plan.num_checkpoints)
+        cache = PrefixCache(pages, slots) if config.enable_prefix_caching else None
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len)
         generation = directory / "generation_config.json"
         return cls(
             Runner(model, caches, run_head=speculation.mtp > 0),
-            Scheduler(limits, pages, slots, proposer=proposer, depth=lambda request: speculation.most),
+            Scheduler(
+                limits, pages, slots, cache=cache, proposer=proposer, depth=lambda request: speculation.most
+            ),
             plan=plan,
             pages=pages,
             slots=slots,
@@ -119,6 +122,10 @@ class Engine:
         """Ends a request at once and gives back all it holds; False when it is not (or no longer) known."""
         return self.scheduler.abort(request_id)
 
+    def show_tokens_as(self, text_of: Callable[[Sequence[int]], str]) -> None:
+        """How logs write token ids; without it, as numbers."""
+        self.scheduler.reuse.text_of = text_of
+
     def close(self) -> None:
         """Nothing runs in the background and nothing is open; here for engines that have more."""
 
@@ -141,13 +148,18 @@ class Engine:
         return self.scheduler.has_work
 
     def stats(self) -> EngineStats:
+        reuse = self.scheduler.reuse
         return EngineStats(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
-            pages_used=self._pages.num_used,
+            pages_used=self._pages.num_used - reuse.cache.num_evictable,
             pages_total=self._pages.num_total,
-            slots_used=self._slots.num_used,
+            slots_used=self._slots.num_used - reuse.cache.num_checkpoints,
             slots_total=self._slots.num_total,
+            pages_cached=reuse.cache.num_evictable,
+            checkpoints=reuse.cache.num_checkpoints,
+            prefix_hit_tokens=reuse.hit_tokens,
+            prefix_miss_tokens=dict(reuse.missed_tokens),
             preemptions=self.scheduler.preemptions,
             **self._counts,
             draft_proposed=tuple(self._proposed),

@@ -17,6 +17,10 @@ from tritium.models.config import ModelConfig
 from tritium.models.parameters import ITEM_BYTES, weight_bytes
 
 _FLOAT32 = 4
+_CHECKPOINT_SHARE = 1 / 8
+_LEAST_CHECKPOINTS = 8
+_MOST_CHECKPOINTS = 256
+_CPU_CHECKPOINT_BYTES = 256 << 20
 _CPU_KV_BYTES = 4 << 30
 """Bytes of KV that a CPU takes without being asked: its memory is shared with everything else."""
 
@@ -36,6 +40,8 @@ class MemoryPlan:
     num_pages: int
     bytes_per_slot: int
     num_slots: int
+    """Of running requests; the prefix cache's come on top."""
+    num_checkpoints: int
     max_model_len: int
     notes: tuple[str, ...] = ()
     """What was decided for the user, one sentence each."""
@@ -46,7 +52,7 @@ class MemoryPlan:
 
     @property
     def state_bytes(self) -> int:
-        return (self.num_slots + 1) * self.bytes_per_slot
+        return (self.num_slots + self.num_checkpoints + 1) * self.bytes_per_slot
 
     @property
     def total(self) -> int:
@@ -65,9 +71,10 @@ class MemoryPlan:
     def table(self) -> str:
         """The plan as aligned lines for a terminal."""
         page = f"{self.num_pages:,} pages of {PAGE_TOKENS} tokens, {size(self.bytes_per_page)} each"
+        slots = f"{self.num_slots:,} requests and {self.num_checkpoints:,} checkpoints"
         rows = [
             ("weights", self.weights, self.dtype),
-            ("state", self.state_bytes, f"{self.num_slots:,} slots, {size(self.bytes_per_slot)} each"),
+            ("state", self.state_bytes, f"{slots}, {size(self.bytes_per_slot)} each"),
             ("KV", self.kv_bytes, page),
             ("workspace", self.workspace, "activations and logits of one step, at most"),
             ("total", self.total, f"of {size(self.budget)} that may be used on {self.device}"),
@@ -81,8 +88,10 @@ class MemoryPlan:
 def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> MemoryPlan:
     """Divides the memory of `target` for `config` as `engine` asks.
 
-    Slots come first (max_num_seqs, since every running request holds one), then KV pages from what is left: as
-    many as the user names, or as max_num_seqs requests of max_model_len need, on a CPU 4 GiB at most.
+    Slots come first (max_num_seqs, since every running request holds one), then the prefix cache's checkpoints (as many
+    as the user names, or as 1/8 of what is left holds, 8 to 256, on a CPU 256 MiB at most), then KV pages from what is
+    left: as many as the user names, or as max_num_seqs requests of max_model_len need, twice that with a prefix cache,
+    on a CPU 4 GiB at most.
     Raises `ConfigError` for limits that contradict the checkpoint or each other, `CapacityError` for what does not
     fit, each with the flag to change.
     """
@@ -112,6 +121,8 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
             hint=(f"--max-num-seqs {fit} at most, or " if fit >= 1 else "") + _more_memory(target),
         )
 
+    checkpoints = _checkpoints(engine, target, left, per_slot, per_page)
+    left -= checkpoints * per_slot
     pages, why = _pages(engine, target, left, per_page, asked_len)
     max_model_len, notes = asked_len, []
     if pages * PAGE_TOKENS < asked_len:
@@ -133,6 +144,7 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
         num_pages=pages,
         bytes_per_slot=per_slot,
         num_slots=engine.max_num_seqs,
+        num_checkpoints=checkpoints,
         max_model_len=max_model_len,
         notes=tuple(notes),
     )
@@ -230,9 +242,30 @@ def _budget(engine: EngineConfig, target: Target) -> int:
     return min(int(base * engine.gpu_memory_utilization), target.memory_available)
 
 
+def _checkpoints(engine: EngineConfig, target: Target, left: int, per_slot: int, per_page: int) -> int:
+    """Slots of the prefix cache, from `left` bytes that they share with the KV pages."""
+    if not engine.enable_prefix_caching:
+        return 0
+    fit = (left - 2 * per_page) // per_slot if per_slot else _MOST_CHECKPOINTS
+    if engine.num_checkpoints is not None:
+        if engine.num_checkpoints > fit:
+            raise CapacityError(
+                f"{flag('num_checkpoints')} {engine.num_checkpoints} asks for "
+                f"{size(engine.num_checkpoints * per_slot)} of state, and {size(left)} are left",
+                hint=f"{flag('num_checkpoints')} {fit} at most, or {_more_memory(target)}",
+            )
+        return engine.num_checkpoints
+    share = int(left * _CHECKPOINT_SHARE)
+    if not target.is_gpu:
+        share = min(share, _CPU_CHECKPOINT_BYTES)
+    wanted = min(_MOST_CHECKPOINTS, share // per_slot if per_slot else _MOST_CHECKPOINTS)
+    # Below the least that is of use: half of what is left at most, so that there is KV to go with them.
+    return max(wanted, min(_LEAST_CHECKPOINTS, fit // 2))
+
+
 def _pages(engine: EngineConfig, target: Target, left: int, per_page: int, asked_len: int) -> tuple[int, str]:
     """Pages of the pool besides page 0, and what limited them, in words."""
-    wanted = engine.max_num_seqs * pages_for(asked_len)
+    wanted = engine.max_num_seqs * pages_for(asked_len) * (2 if engine.enable_prefix_caching else 1)
     if per_page == 0:  # no attention layer: pages cost nothing
         return engine.num_gpu_blocks_override or wanted, "no attention layer"
     fit = left // per_page - 1

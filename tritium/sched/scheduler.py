@@ -9,12 +9,15 @@ are planned. Every decode row was a row of the step before, so there are never m
 gets its token in every step. Chunks end on absolute multiples of 64 wherever the budget reaches one, so that a
 prefill is cut the same way wherever it resumes.
 
-Admission. The oldest waiting request enters when it finds a slot, a place among max_num_seqs, and free pages for
-all tokens that it knows (prompt, and outputs if it was preempted); it takes them at once. Nobody overtakes it.
-Hence only decode rows ever ask for pages: one each 64 tokens.
+Admission. The oldest waiting request enters when it finds a slot, a place among max_num_seqs, and pages for all tokens
+that it knows (prompt, and outputs if it was preempted); it takes them at once, those that the prefix cache has among
+them, and computes only what it did not find there. Nobody overtakes it, unless it waits for another request to
+compute what both begin with (`reuse`). Hence only decode rows ever ask for pages: one each 64 tokens.
 
-Preemption. A decode row that finds no free page takes from the youngest running request (which may be itself):
-pages and slot go back, nothing is computed any more, the outputs stay, and it waits at its old place in the
+Room. Pages and slots are free, held by requests, or left in the cache, from where they are taken when none is free.
+
+Preemption. A decode row that finds no page takes from the youngest running request (which may be itself): what it
+computed goes to the cache, as at its end, the outputs stay, and it waits at its old place in the
 order. No request enters in a step that preempted one. The oldest running request is therefore never preempted
 (alone, it fits: `add` checked), so it ends, and so does every other in turn: preemption cannot go round in
 circles. A request that preempted itself needs more pages than it gave back, so it does not return before another
@@ -28,7 +31,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tritium.cache import PagePool, SlotPool, pages_for
+from tritium.cache import PagePool, PrefixCache, SlotPool, pages_for
 from tritium.core import (
     PAGE_TOKENS,
     FinishReason,
@@ -43,6 +46,7 @@ from tritium.core import (
     TokenEvent,
 )
 from tritium.draft.proposers import Proposer
+from tritium.sched.reuse import Reuse
 
 CHUNK_TOKENS = 64
 """Prefill chunks are cut on absolute multiples of this."""
@@ -70,22 +74,25 @@ class Scheduler:
         pages: PagePool,
         slots: SlotPool,
         *,
+        cache: PrefixCache | None = None,
         proposer: Proposer | None = None,
         depth: Callable[[Request], int] = lambda request: 0,
     ) -> None:
-        """`proposer` guesses the tokens that a decode row verifies beside its own, at most `depth` of them."""
+        """`cache` keeps what requests leave. `proposer` guesses the tokens that a decode row verifies beside its own,
+        at most `depth` of them."""
         self.limits = limits
         self._proposer = proposer
         self._depth = depth
         self.preemptions = 0
         """Preemptions since the start, of all requests."""
+        self.reuse = Reuse(pages, slots, cache)
         self._pages = pages
-        self._slots = slots
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []  # sorted by _order, as is _running
         self._running: list[Request] = []
         self._arrivals = 0
         self._tables: dict[str, tuple[int, ...]] = {}  # Request.pages as tuples, made once a page
+        self._under_way: set[Request] = set()  # in a plan that is not committed
 
     @property
     def has_work(self) -> bool:
@@ -139,6 +146,7 @@ class Scheduler:
             budget -= stops[admitted] - admitted.num_computed
         if not stops:
             return None
+        self._under_way = set(stops)
         return StepPlan(tuple(self._row(request, stop) for request, stop in stops.items()), tuple(preempted))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
@@ -147,10 +155,12 @@ class Scheduler:
         An event for each request that has a token, prompt log-probabilities or an end to tell.
         """
         found = {row.request_id: row for row in result.rows}
+        self._under_way = set()
         events = []
         for row in plan.rows:
             request = self._requests.get(row.request_id)
             if request is None or request.status is not Status.RUNNING:  # aborted; maybe its id came again
+                self.reuse.abandon(row)
                 continue
             event = self._commit_row(request, row, found[row.request_id])
             if event is not None:
@@ -186,18 +196,19 @@ class Scheduler:
         return total
 
     def _admit(self) -> Request | None:
-        """Moves the oldest waiting request to the running ones, if it fits; nobody overtakes it."""
-        if not self._waiting or len(self._running) >= self.limits.max_num_seqs or not self._slots.num_free:
+        """Moves the oldest waiting request that does not wait for another to the running ones, if it fits."""
+        if len(self._running) >= self.limits.max_num_seqs:
             return None
-        request = self._waiting[0]
-        if pages_for(request.num_tokens) > self._pages.num_free:
-            return None
-        del self._waiting[0]
-        request.pages = self._pages.allocate(pages_for(request.num_tokens))
-        request.slot = self._slots.allocate()
-        request.status = Status.RUNNING
-        insort(self._running, request, key=_order)
-        return request
+        for request in self._waiting[: self.limits.max_num_seqs]:
+            if self.reuse.waits(request, self._running):
+                continue
+            if not self.reuse.admit(request):
+                return None
+            _remove(self._waiting, request)
+            request.status = Status.RUNNING
+            insort(self._running, request, key=_order)
+            return request
+        return None
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
@@ -210,9 +221,10 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is Status.RUNNING:
-            self._release(request)
+            self._release(request, keep=reason is not FinishReason.ERROR)
         else:
             _remove(self._waiting, request)
+            self.reuse.forget(request)
         del self._requests[request.id]
         if self._proposer:
             self._proposer.forget(request.id)
@@ -220,14 +232,10 @@ class Scheduler:
         request.finish_reason = reason
         request.finished_at = time.monotonic()
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: Request, *, keep: bool = True) -> None:
         """Takes a running request off the device."""
         _remove(self._running, request)
-        self._pages.release(request.pages)
-        assert request.slot is not None
-        self._slots.release(request.slot)
-        request.pages = []
-        request.slot = None
+        self.reuse.release(request, keep=keep, settled=request not in self._under_way)
         self._tables.pop(request.id, None)
 
     # ---- planning ---------------------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ class Scheduler:
         """A page for the request's last token, at the cost of the youngest; False when that is itself."""
         if len(request.pages) >= pages_for(request.num_tokens):
             return True
-        while not self._pages.num_free:
+        while not self.reuse.make_room(1):
             victim = self._running[-1]
             self._preempt(victim)
             preempted.append(victim.id)
@@ -254,7 +262,7 @@ class Scheduler:
         most = min(self._depth(request), budget, useful)
         drafts = tuple(self._proposer.propose(request, most)) if most > 0 else ()
         room = len(request.pages) * PAGE_TOKENS - request.num_tokens
-        if room < len(drafts) and self._pages.num_free:
+        if room < len(drafts) and self.reuse.make_room(1):
             request.pages += self._pages.allocate(1)
             room += PAGE_TOKENS
         return drafts[: max(0, room)]
@@ -272,6 +280,7 @@ class Scheduler:
         if table is None or len(table) != len(request.pages):
             table = self._tables[request.id] = tuple(request.pages)
         assert request.slot is not None
+        source, copy_page = self.reuse.start_of(request)
         return RowPlan(
             request_id=request.id,
             ids=request.ids(request.num_computed, stop) + drafts,
@@ -287,7 +296,10 @@ class Scheduler:
             next_ids=() if samples else request.ids(stop, stop + 1),
             num_drafts=len(drafts),
             want_drafts=self._depth(request) if samples and self._proposer else 0,
+            source=source,
             fold=request.fold,
+            snapshots=self.reuse.snapshots(request, request.num_computed, stop),
+            copy_page=copy_page,
         )
 
     # ---- committing -------------------------------------------------------------------------------------------
@@ -300,9 +312,8 @@ class Scheduler:
         # The row's i-th is the prompt's (start + i)-th; those before num_prompt_logprobs were told before.
         prompt_logprobs = out.prompt_logprobs[max(0, request.num_prompt_logprobs - row.start) :]
         request.num_prompt_logprobs += len(prompt_logprobs)
-        if not row.samples:
-            return TokenEvent(request.id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
-        if not out.tokens:
+        if row.samples and not out.tokens:
+            self.reuse.abandon(row)
             self._finish(request, FinishReason.ERROR)
             return TokenEvent(
                 request.id,
@@ -310,7 +321,12 @@ class Scheduler:
                 finish_reason=FinishReason.ERROR,
                 error="the model's logits are not finite",
                 timing=_timing(request),
+                cached_tokens=request.num_cached or 0,
             )
+        if self.reuse.committed(request, row):
+            del self._tables[request.id]
+        if not row.samples:
+            return TokenEvent(request.id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
         reason, count = None, 0
@@ -335,6 +351,7 @@ class Scheduler:
             finish_reason=reason,
             stop_token=request.stop_token,
             timing=None if reason is None else _timing(request),
+            cached_tokens=request.num_cached or 0,
         )
 
 

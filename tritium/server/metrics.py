@@ -15,12 +15,15 @@ _GAUGES = {
     "waiting": "requests_waiting: Requests in the queue",
     "pages_used": "kv_pages_used: KV pages held by requests",
     "pages_total": "kv_pages_total: KV pages in the pool",
+    "pages_cached": "prefix_cache_pages: KV pages of the prefix cache that no request reads",
+    "checkpoints": "prefix_cache_checkpoints: Recurrent states in the prefix cache",
     "slots_used": "state_slots_used: Recurrent-state slots held by requests",
     "slots_total": "state_slots_total: Recurrent-state slots in the pool",
 }
 _COUNTERS = {
     "preemptions": "preemptions: Requests that lost their pages and were queued again",
     "prompt_tokens": "prompt_tokens: Prompt tokens of admitted requests",
+    "prefix_hit_tokens": "prefix_cache_hit_tokens: Prompt tokens taken from the prefix cache",
     "generated_tokens": "generated_tokens: Tokens sampled",
     "steps": "steps: Forward passes",
 }
@@ -77,3 +80,8 @@ class _EngineCollector(Collector):
         for phase, seconds in stats.seconds.items():
             phases.add_metric([phase], seconds)
         yield phases
+        missed = CounterMetricFamily(
+            "tritium_prefix_cache_miss_tokens", "Prompt tokens that had to be computed, by reason", labels=["reason"])
+        for reason, count in stats.prefix_miss_tokens.items():
+            missed.add_metric([reason], count)
+        yield missed
