@@ -6,10 +6,11 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, field
+from functools import cache
 
 import pytest
 
-from tritium.cache import PagePool, SlotPool
+from tritium.cache import Checkpoint, PagePool, PrefixCache, SlotPool
 from tritium.core import (
     FinishReason,
     Request,
@@ -29,6 +30,7 @@ EOS = frozenset({0, 1})
 VOCAB = 150
 
 
+@cache
 def scripted_token(seed: int, position: int, masked: frozenset[int] = frozenset()) -> int:
     """What the scripted model says at a position: nothing but (seed, position) matters."""
     token = random.Random(seed * 1_000_003 + position).randrange(VOCAB)
@@ -457,6 +459,40 @@ def test_an_id_that_returns_between_plan_and_commit_is_another_request():
 # ---- all rules at once -------------------------------------------------------------------------------------
 
 
+class Memory:
+    """What pages and slots hold, were there a device: for each token and each state the hash of all tokens up to it."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, list[int]] = {}
+        self.states: dict[int, tuple[int, int]] = {}
+
+    def execute(self, plan: StepPlan, alive: dict[str, Seen]) -> None:
+        """Checks that each row reads its own history and nothing else, then does to memory what the step does."""
+        for row in plan.rows:
+            if row.copy_page is not None:
+                self.pages[row.copy_page[1]] = list(self.page(row.copy_page[0]))
+        hashes = {row.request_id: alive[row.request_id].hashes(row.ids[len(row.ids) - row.num_drafts :])
+                  for row in plan.rows}  # fmt: skip
+        for row in plan.rows:
+            begin, slot = row.start - row.fold, row.slot if row.source is None else row.source
+            assert begin == 0 or self.states[slot] == (begin, hashes[row.request_id][begin - 1]), "another's state"
+        for row in plan.rows:
+            for at in range(row.start, row.stop):
+                self.page(row.pages[at // 64])[at % 64] = hashes[row.request_id][at]
+        for row in plan.rows:  # after all writes of the step: nobody wrote into what another one reads
+            for i, page in enumerate(row.pages):
+                history = hashes[row.request_id][64 * i : min(64 * i + 64, row.stop)]
+                assert self.page(page)[: len(history)] == history, "another's keys and values"
+        for row in plan.rows:
+            known = row.stop - row.num_drafts
+            for position, slot in (*row.snapshots, (known, row.slot)):
+                assert row.start - row.fold < position <= known
+                self.states[slot] = position, hashes[row.request_id][position - 1]
+
+    def page(self, page: int) -> list[int]:
+        return self.pages.setdefault(page, [0] * 64)
+
+
 @dataclass(eq=False)
 class Seen:
     """A request as the model sees it from outside."""
@@ -474,10 +510,20 @@ class Seen:
     table: tuple[int, ...] = ()
     slot: int = 0
     plans_unserved: int = 0
+    _hashes: list[int] = field(default_factory=list)
 
     @property
     def known(self) -> list[int]:
         return self.prompt + self.out
+
+    def hashes(self, more: tuple[int, ...]) -> list[int]:
+        """Of the known tokens up to each, and of `more` after them."""
+        for token in self.known[len(self._hashes) :]:
+            self._hashes.append(hash((self._hashes[-1] if self._hashes else 0, token)))
+        out = list(self._hashes)
+        for token in more:
+            out.append(hash((out[-1], token)))
+        return out
 
 
 def alone(seen: Seen) -> tuple[list[int], FinishReason]:
@@ -496,28 +542,36 @@ def alone(seen: Seen) -> tuple[list[int], FinishReason]:
 class World:
     """Drives a scheduler with random operations and checks every plan and event."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, *, cached: bool) -> None:
         self.rng = rng
         self.budget = rng.choice([1, 3, 17, 64, 100, 300, 300, 300])
         self.seqs = rng.randint(1, 8)
         self.length = rng.choice([40, 150, 200, 300])
         least = -(-self.length // 64)
         self.pages = PagePool(least + rng.choice([0, 1, 1, 2, 4]))
-        self.slots = SlotPool(rng.randint(1, self.seqs))
+        self.slots = SlotPool(rng.randint(1, self.seqs) + (rng.choice([0, 1, 3, 10]) if cached else 0))
+        self.cache = PrefixCache(self.pages, self.slots) if cached else None
+        self.memory = Memory()
+        self.texts: list[list[int]] = []
         self.scheduler = Scheduler(
             Limits(self.seqs, self.budget, self.length),
             self.pages,
             self.slots,
+            cache=self.cache,
             proposer=rng.choice((None, HeadProposer())),
             depth=lambda r: r.seed % 5,
         )
         self.alive: dict[str, Seen] = {}
-        self.arrivals = self.finished = self.aborted = self.preempted = self.accepted = 0
+        self.arrivals = self.finished = self.aborted = self.preempted = self.accepted = self.reused = 0
 
     def arrive(self) -> None:
         rng = self.rng
         sizes = [1, rng.randint(1, 20), rng.randint(40, 63), rng.randint(40, 63), rng.randint(1, self.length - 1)]
         prompt = [rng.randrange(VOCAB) for _ in range(min(rng.choice(sizes), self.length - 1))]
+        seed = rng.randrange(10**6) if rng.random() < 0.7 else 7
+        if self.texts and rng.random() < 0.7:  # what others know, up to some place, and something else after it
+            text = rng.choice(self.texts)
+            prompt = (text[: rng.choice([len(text), rng.randint(0, len(text))])] + prompt)[: self.length - 1]
         sampling = SamplingParams(
             max_tokens=rng.choice([None, 1, rng.randint(1, 40), rng.randint(40, 200), rng.randint(40, 200)]),
             ignore_eos=rng.random() < 0.8,
@@ -530,7 +584,8 @@ class World:
             sampling = sampling.replace(min_tokens=rng.choice([0, 0, 7]))
         name = f"r{self.arrivals}"
         priority = rng.choice([0, 0, 0, 1, -1])
-        one = Request(name, prompt, sampling, rng.randrange(10**6), eos_ids=EOS, priority=priority)
+        one = Request(name, prompt, sampling, seed, eos_ids=EOS, priority=priority)
+        one.turn_starts = tuple(sorted(rng.sample(range(len(prompt)), min(len(prompt), rng.choice([0, 0, 1, 6])))))
         total = min(self.length, len(prompt) + (sampling.max_tokens or self.length))
         self.scheduler.add(one)
         self.alive[name] = Seen(one, list(prompt), (one.priority, self.arrivals), total)
@@ -542,11 +597,11 @@ class World:
             return
         name = self.rng.choice(sorted(self.alive))
         gone = self.alive.pop(name)
+        self.texts.append(gone.known)
         assert self.scheduler.abort(name)
         assert gone.request.finish_reason is FinishReason.ABORT
         assert alone(gone)[0][: len(gone.out)] == gone.out
         self.aborted += 1
-        self.check_pools()
 
     def step(self, *, disturb: bool = False) -> None:
         plan = self.scheduler.plan()
@@ -554,17 +609,20 @@ class World:
         if plan is None:
             return
         self.check_plan(plan)
-        self.check_pools()
+        self.check_pools(plan)
+        self.check_writes(plan)
+        self.memory.execute(plan, self.alive)
         result = execute(plan)
         if disturb:
             self.abort()
+            self.check_pools(plan)
         expected = [row for row in plan.rows if row.request_id in self.alive]
         self.check_events(expected, self.scheduler.commit(plan, result))
         self.check_pools()
 
     def check_plan(self, plan: StepPlan) -> None:
         before = {name: seen for name, seen in self.alive.items() if seen.running}
-        free_before = self.pages.num_total - sum(len(seen.table) for seen in before.values())
+        free_before = self.pages.num_total - len({page for seen in before.values() for page in seen.table})
         short = [s for s in before.values() if self.one_left(s) and 64 * len(s.table) < len(s.known)]
         if plan.preempted:
             assert len(short) > free_before, "preempted with pages to spare"
@@ -589,7 +647,9 @@ class World:
         admitted = [s for s in rest if not s.running]
         assert rest == chunked + admitted
         assert chunked == prefilling[: len(chunked)], "running prefills are served in order"
-        assert admitted == waiting[: len(admitted)], "overtaken"
+        assert admitted == [s for s in waiting if s in admitted], "not in order"
+        for seen in waiting[: waiting.index(admitted[-1])] if admitted else ():
+            assert seen in admitted or self.may_wait(seen, running + admitted), "overtaken"
         assert not (admitted and plan.preempted)
 
         left = self.budget
@@ -598,14 +658,27 @@ class World:
             left -= len(row.ids)
         if left:
             assert len(chunked) == len(prefilling)
-            self.check_admissions_went_on(len(admitted), waiting, bool(plan.preempted))
+            self.check_admissions_went_on([s for s in waiting if s not in admitted], plan)
         self.check_waiting_times(rows)
 
     @staticmethod
     def one_left(seen: Seen) -> bool:
         return len(seen.known) - seen.computed == 1
 
+    def may_wait(self, seen: Seen, running: list[Seen]) -> bool:
+        """Whether one under prefill comes by a place, 64 tokens or more from the start, up to which both are alike."""
+        def common(other: Seen) -> int:
+            pairs = enumerate(zip(seen.known, other.known))
+            return next((i for i, (a, b) in pairs if a != b), min(len(seen.known), len(other.known)))
+
+        under_prefill = (other for other in running if not self.one_left(other))
+        return self.cache is not None and any(max(64, other.computed + 1) <= common(other) for other in under_prefill)
+
     def check_row(self, row: RowPlan, seen: Seen, left: int) -> None:
+        if self.cache is not None and not seen.running:
+            assert row.start < len(seen.known)
+            seen.computed = row.start
+            self.reused += row.start
         assert row.start == seen.computed, "a token is skipped or computed twice"
         assert row.ids
         known = row.stop - row.num_drafts
@@ -629,13 +702,19 @@ class World:
         assert not seen.running or row.slot == seen.slot, "the state was moved"
         seen.table, seen.slot, seen.running = row.pages, row.slot, True
 
-    def check_admissions_went_on(self, admitted: int, waiting: list[Seen], preempted: bool) -> None:
+    def check_admissions_went_on(self, waiting: list[Seen], plan: StepPlan) -> None:
         """With budget left, whoever is next must have had a reason to wait."""
-        if admitted < len(waiting) and not preempted:
-            running = [s for s in self.alive.values() if s.running]
-            free = self.pages.num_total - sum(len(s.table) for s in running)
-            room = len(running) < min(self.seqs, self.slots.num_total)
-            assert not (room and free >= -(-len(waiting[admitted].known) // 64)), "idle in spite of work"
+        running = [s for s in self.alive.values() if s.running]
+        if waiting and not plan.preempted:
+            read = {row.copy_page[0] for row in plan.rows if row.copy_page} | {p for s in running for p in s.table}
+            sources = {row.source for row in plan.rows} - {None} - {s.slot for s in running}
+            free = self.pages.num_total - len(read)
+            room = len(running) < self.seqs and len(running) + len(sources) < self.slots.num_total
+            for seen in waiting[: self.seqs] if room else ():
+                fits = free >= -(-len(seen.known) // 64)
+                if not fits or not self.may_wait(seen, running):
+                    assert not fits, "idle in spite of work"
+                    break
 
     def check_waiting_times(self, rows: list[Seen]) -> None:
         """Even behind running requests of worse priority, the oldest request waits for those alone."""
@@ -655,6 +734,9 @@ class World:
             seen.fold = max(0, len(event.tokens) - 1)
             seen.computed = row.stop - row.num_drafts + seen.fold
             seen.drafts = event.drafts
+            if self.cache is not None and event.finish_reason is None:  # the cache's page may have come for its own
+                assert len(seen.request.pages) == len(seen.table)
+                seen.table = tuple(seen.request.pages)
             seen.told += [logprob.token for logprob in event.prompt_logprobs]
             expected = alone(seen)[0][len(seen.out) :]
             assert list(event.tokens) == (expected[: len(event.tokens)] if row.samples else [])
@@ -669,33 +751,65 @@ class World:
         assert event.stop_token == (seen.out[-1] if event.finish_reason is FinishReason.STOP else None)
         assert seen.told == (seen.prompt[1:] if seen.request.sampling.prompt_logprobs is not None else [])
         del self.alive[event.request_id]
+        self.texts.append(seen.known)
         self.finished += 1
 
-    def check_pools(self) -> None:
+    def check_writes(self, plan: StepPlan) -> None:
+        """Into pages of the cache only behind what they are known for, and nowhere two at once."""
+        written = [(row.pages[at // 64], at % 64) for row in plan.rows for at in range(row.start, row.stop)]
+        assert len(set(written)) == len(written)
+        if self.cache is not None:
+            shared = {node.page: len(node.key) for node in self.cache.walk()}
+            assert all(offset >= shared.get(page, 0) for page, offset in written)
+
+    def check_pools(self, plan: StepPlan | None = None) -> None:
+        """Every id has exactly one owner: a request, the cache, the free list, or (`plan`) a step under way."""
         running = [s for s in self.alive.values() if s.running]
-        pages = [page for s in running for page in s.table]
-        slots = [s.slot for s in running]
-        assert len(set(pages)) == len(pages) == self.pages.num_used
-        assert all(1 <= page <= self.pages.num_total for page in pages)
-        assert len(set(slots)) == len(slots) == self.slots.num_used <= self.seqs
+        nodes = [] if self.cache is None else list(self.cache.walk())
+        shared = {node.page for node in nodes}
+        own = [page for s in running for page in s.table if page not in shared]
+        assert len(shared) == len(nodes)
+        assert len(set(own)) == len(own) == self.pages.num_used - len(shared)
+        assert all(1 <= page <= self.pages.num_total for page in (*own, *shared))
+        kept = [c.slot for c in self.checkpoints() if c.slot is not None]
+        under_way = [slot for row in plan.rows for _, slot in row.snapshots] if plan else []
+        slots = [s.slot for s in running] + kept + under_way
+        assert len(set(slots)) == len(slots) == self.slots.num_used
+        assert len(running) <= self.seqs
         assert all(1 <= slot <= self.slots.num_total for slot in slots)
         assert self.scheduler.num_running == len(running)
         assert self.scheduler.num_waiting == len(self.alive) - len(running)
+        if self.cache is not None:
+            used = {page for s in running for page in s.table}
+            assert all(node.locks for node in nodes if node.page in used), "a page in use may be evicted"
+            assert self.cache.num_evictable == sum(not node.locks for node in nodes)
+            assert plan or {node.page for node in nodes if node.locks} <= used, "a page stays locked"
+            assert (self.cache.num_pages, self.cache.num_checkpoints) == (len(nodes), len(kept))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        if self.cache is None:
+            return []
+        found = [c for node in (self.cache._root, *self.cache.walk()) for by_ids in node.checkpoints.values()
+                 for c in by_ids.values()]  # fmt: skip
+        assert all(self.memory.states[c.slot][0] == c.position for c in found if c.slot is not None)
+        return found
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
 @pytest.mark.parametrize("part", range(4))
-def test_random_operations_against_the_brute_force_model(seed, part):
+def test_random_operations_against_the_brute_force_model(seed, part, cached):
     """4 x 80 pools and limits, 60 operations and a drain each: more than 10,000 operations in all."""
     rng = random.Random(f"{seed}/{part}")
-    finished = aborted = preempted = accepted = 0
+    finished = aborted = preempted = accepted = reused = 0
     for _ in range(80):
-        world = World(rng)
+        world = World(rng, cached=cached)
         for _ in range(60):
             kind = rng.choices(["arrive", "step", "abort", "abort between plan and commit"], [6, 30, 1, 1])[0]
             if kind == "arrive":
                 world.arrive()
             elif kind == "abort":
                 world.abort()
+                world.check_pools()
             else:
                 world.step(disturb=kind != "step")
         most = 4 * sum(s.total for s in world.alive.values()) * (1 + len(world.alive))
@@ -704,6 +818,8 @@ def test_random_operations_against_the_brute_force_model(seed, part):
             most -= 1
             assert most > 0, "no progress"
         assert not world.alive
+        if world.cache is not None:
+            world.cache.flush()
         assert (world.pages.num_used, world.slots.num_used) == (0, 0)
         assert world.scheduler.plan() is None
         assert world.scheduler.preemptions == world.preempted
@@ -711,7 +827,9 @@ def test_random_operations_against_the_brute_force_model(seed, part):
         aborted += world.aborted
         preempted += world.preempted
         accepted += world.accepted
-    assert min(finished, aborted, preempted, accepted) > 10, "the sequences do not reach what they are meant to test"
+        reused += world.reused
+    reached = [finished, aborted, preempted, accepted, *([reused] if cached else [])]
+    assert min(reached) > 10, "the sequences do not reach what they are meant to test"
 
 
 def test_planning_256_decode_rows_of_long_requests_is_cheap():
