@@ -6,22 +6,17 @@ Tokens and, where logits are compared, their very bits, on random checkpoints in
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from checkpoints import random_checkpoint
+from serving import VOCAB, Logits, Served, again, mixed_requests, prompt, replace_tokens, request, serve
 
-from tritium.cache import PagePool, SlotPool
 from tritium.config import EngineConfig
-from tritium.core import EngineStats, FinishReason, Request, SamplingParams, StepPlan
+from tritium.core import Request
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
 from tritium.engine import Engine
-from tritium.sched import Limits, Scheduler
-
-VOCAB = 211
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -42,77 +37,6 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
 
 
-Served = dict[str, tuple[list[int], FinishReason]]
-
-
-def serve(
-    engine: Engine,
-    requests: Iterable[Request],
-    *,
-    budget: int = 512,
-    pages: int = 160,
-    arrive: Callable[[int], int] = lambda i: 0,
-    observe: Callable[[StepPlan, torch.Tensor], None] | None = None,
-    proposer: Proposer | None = None,
-    depth: Callable[[Request], int] = lambda request: 0,
-) -> tuple[Served, EngineStats]:
-    """Serves `requests`, the i-th arriving before step `arrive(i)`: tokens and finish reason of each."""
-    limits, page_pool, slots = Limits(32, budget, 1024), PagePool(pages), SlotPool(32)
-    run = Engine(
-        engine.runner,
-        Scheduler(limits, page_pool, slots, proposer=proposer, depth=depth),
-        plan=engine.memory_plan,
-        pages=page_pool,
-        slots=slots,
-        directory=Path(),
-        generation_defaults={},
-    )
-    engine.runner.observer = observe
-    engine.runner.run_head = proposer is not None
-    waiting = sorted(enumerate(requests), key=lambda pair: arrive(pair[0]))
-    out: Served = {}
-    tokens: dict[str, list[int]] = {}
-    step = 0
-    while waiting or run.has_work:
-        while waiting and arrive(waiting[0][0]) <= step:
-            request = waiting.pop(0)[1]
-            tokens[request.id] = []
-            run.add(request)
-        for event in run.step():
-            tokens[event.request_id] += event.tokens
-            if event.finish_reason:
-                out[event.request_id] = tokens[event.request_id], event.finish_reason
-        step += 1
-        assert step < 20_000
-    stats = run.stats()
-    assert stats.pages_used == stats.slots_used == stats.running == stats.waiting == 0
-    engine.runner.observer = None
-    return out, stats
-
-
-def prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(1, VOCAB) for _ in range(length)]
-
-
-def request(name: str, ids: list[int], **sampling: object) -> Request:
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
-    return Request(id=name, prompt_ids=list(ids), sampling=params, seed=params.seed or 0)
-
-
-class Logits:
-    """Logits at every position of every request, by request and position."""
-
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, int], torch.Tensor] = {}
-
-    def __call__(self, plan: StepPlan, logits_TV: torch.Tensor) -> None:
-        t = 0
-        for row in plan.rows:
-            for i in range(len(row.ids)):
-                self.rows[row.request_id, row.start + i] = logits_TV[t].clone()
-                t += 1
-
-
 def test_chunked_prefill_is_whole_prefill_for_every_chunk_size(engine: Engine, seed: int) -> None:
     ids = prompt(random.Random(seed), 75)
     whole = Logits()
@@ -129,24 +53,6 @@ def test_chunks_of_a_long_prompt(engine: Engine, seed: int) -> None:
     want, _ = serve(engine, [request("r", ids)], budget=1024)
     for budget in (64, 100, 128, 333, 512, 699):
         assert serve(engine, [request("r", ids)], budget=budget)[0] == want, budget
-
-
-def mixed_requests(rng: random.Random, count: int, longest: int = 200) -> list[Request]:
-    """Greedy and sampled, with penalties and without, long and short."""
-    out = []
-    for i in range(count):
-        sampling: dict[str, object] = {"max_tokens": rng.randint(1, 40), "seed": rng.randrange(2**40)}
-        if i % 3:
-            sampling |= {"temperature": rng.choice((0.5, 1.0, 1.5)), "top_p": rng.choice((1.0, 0.9))}
-            sampling |= {"top_k": rng.choice((0, 20)), "min_p": rng.choice((0.0, 0.05))}
-        if i % 4 == 1:
-            sampling |= {"presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.2}
-        out.append(request(f"r{i}", prompt(rng, rng.randint(1, longest)), **sampling))
-    return out
-
-
-def again(requests: list[Request]) -> list[Request]:
-    return [Request(id=r.id, prompt_ids=list(r.prompt_ids), sampling=r.sampling, seed=r.seed) for r in requests]
 
 
 def test_thirty_two_staggered_requests_are_each_alone(engine: Engine, seed: int) -> None:
@@ -173,10 +79,6 @@ def test_preempted_and_resumed_is_never_preempted(engine: Engine, seed: int) -> 
     got, often = serve(engine, again(requests), budget=70, pages=11, arrive=lambda i: arrivals[i])
     assert got == want
     assert often.preemptions >= 5
-
-
-def replace_tokens(r: Request, max_tokens: int) -> Request:
-    return replace(r, sampling=r.sampling.replace(max_tokens=max_tokens))
 
 
 def test_dirty_pools_change_nothing(engine: Engine, seed: int) -> None:
