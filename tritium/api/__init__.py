@@ -3,17 +3,21 @@
 from tritium.api.answer import Completion
 from tritium.api.door import ContextLengthError, Door, Message, Prompts, TextOptions
 from tritium.api.engine_core import EngineCore
+from tritium.api.gate import BusyError, Limits
 from tritium.api.llm import LLM
 from tritium.api.scripted import ScriptedEngine
-from tritium.api.session import Session
+from tritium.api.session import OvertimeError, Session
 
 __all__ = [
     "LLM",
+    "BusyError",
     "Completion",
     "ContextLengthError",
     "Door",
     "EngineCore",
+    "Limits",
     "Message",
+    "OvertimeError",
     "Prompts",
     "ScriptedEngine",
     "Session",

@@ -23,11 +23,14 @@ class Answer:
         self._completion_tokens = 0
         self._cached_tokens = 0
         self._called_tools = False
+        self._first_token_at: float | None = None
 
-    def take(self, event: TokenEvent) -> Event:
-        """The event as text. A stop string ends the answer at the very token that completed it: later tokens of
+    def take(self, event: TokenEvent, made_at: float = 0.0) -> Event:
+        """The event as text; `made_at`: when the engine had made it. A stop string ends the answer at the very token that completed it: later tokens of
         the same event are neither shown nor counted. The token that ended the generation counts, but has no text.
         """
+        if event.tokens and self._first_token_at is None:
+            self._first_token_at = made_at or time.monotonic()
         silent = event.stop_token is not None and not self._keep_stop
         before = self._text.tokens_used
         delta = self._text.push(event.tokens[:-1] if silent else event.tokens, final=event.finish_reason is not None)
@@ -52,6 +55,7 @@ class Answer:
             usage=self.usage if self.finished else None,
             timing=self._timing(event) if self.finished else None,
             error=event.error,
+            made_at=made_at,
         )
 
     @property
@@ -64,7 +68,7 @@ class Answer:
         if event.timing is not None:
             return event.timing
         now, request = time.monotonic(), self.request
-        first = now if request.first_token_at is None else request.first_token_at
+        first = self._first_token_at or now
         return Timing(first - request.arrived_at, now - request.arrived_at, self._completion_tokens,
                       request.num_preemptions)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tritium.api.answer import Answer
+from tritium.api.drive import EngineFacts
 from tritium.api.engine_core import EngineCore
 from tritium.chat import ChatFormat, images_in, load_chat
 from tritium.config import EngineConfig
@@ -45,7 +46,7 @@ class TextOptions:
 class Door:
     """What the api knows about an engine without calling it: its limits, its text format, its defaults."""
 
-    def __init__(self, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None) -> None:
+    def __init__(self, engine: EngineCore | EngineFacts, chat: ChatFormat, *, seed: int | None = None) -> None:
         """`seed`: where requests without a seed get theirs from; None: the operating system."""
         self.chat = chat
         self.max_model_len = engine.max_model_len
@@ -198,9 +199,19 @@ def load(config: EngineConfig) -> tuple[EngineCore, Door]:
     from tritium.engine import Engine
 
     engine = Engine.load(config)
-    chat = load_chat(engine.directory if config.tokenizer is None else Path(config.tokenizer))
+    chat = load_format(config, engine.directory)
     engine.show_tokens_as(lambda ids: chat.decode(ids, skip_special=False))
     return engine, Door(engine, chat, seed=config.seed)
+
+
+def load_engine(config: EngineConfig) -> EngineCore:
+    """The engine alone, as a process of its own has it."""
+    return load(config)[0]
+
+
+def load_format(config: EngineConfig, directory: Path) -> ChatFormat:
+    """The text format of the checkpoint in `directory`."""
+    return load_chat(directory if config.tokenizer is None else Path(config.tokenizer))
 
 
 def _ids(value: object) -> frozenset[int]:

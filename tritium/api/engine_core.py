@@ -27,6 +27,11 @@ class EngineCore(Protocol):
         ...
 
     @property
+    def max_num_seqs(self) -> int:
+        """Requests that run at once."""
+        ...
+
+    @property
     def generation_defaults(self) -> Mapping[str, Any]:
         """The checkpoint's generation_config.json; empty where it has none."""
         ...

@@ -1,20 +1,22 @@
-"""The async door: the engine in its own thread, requests in, events out, cancellation at any point."""
+"""The async door: requests in, events out, cancellation at any point; the engine runs beside the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
-import queue
-import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from tritium.api.answer import Answer, merge
-from tritium.api.door import Door, Message, Prompts, TextOptions, load
+from tritium.api.door import Door, Message, Prompts, TextOptions, load, load_engine, load_format
+from tritium.api.drive import Died, Driver, EngineThread, Report, Revived, emptied
 from tritium.api.engine_core import EngineCore
+from tritium.api.gate import Gate, Limits, Ticket
+from tritium.api.process import EngineProcess
 from tritium.chat import ChatFormat
 from tritium.config import EngineConfig
 from tritium.core import (
@@ -22,8 +24,6 @@ from tritium.core import (
     EngineStats,
     Event,
     FinishReason,
-    Request,
-    RequestError,
     SamplingParams,
     TokenEvent,
     TritiumError,
@@ -36,47 +36,58 @@ Observer = Callable[[FinishReason, Event | None], None]
 
 
 class Session:
-    """Serves many callers of one event loop from one engine.
+    """Serves many callers of one event loop from one engine, which runs elsewhere: in a thread or in a process.
 
-    The engine lives in a thread of its own, which takes commands (a request to add, an id to abort, None to stop)
-    between steps. What a step produced crosses to the loop in one call; text is made on the loop's side, so a slow
-    reader never holds up the engine, and one that falls behind gets several tokens in one event.
+    The `Gate` lets requests in. What a step produced crosses to the loop in one call; text is made on the loop's
+    side, so a slow reader never holds up the engine, and one that falls behind gets several tokens in one event.
     """
 
-    def __init__(self, engine: EngineCore, door: Door, *, observer: Observer | None = None) -> None:
+    def __init__(self, driver: Driver, door: Door, *, limits: Limits | None = None,
+                 observer: Observer | None = None) -> None:
         self.door = door
         self.observer = observer
-        self._engine = engine
-        self._commands: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self.restarts = 0
+        self.gate = Gate(driver.facts.max_num_seqs, limits)
+        self._driver = driver
         self._inboxes: dict[str, _Inbox] = {}
-        self._stats = engine.stats()
+        self._stats = EngineStats()
         self._error: EngineDeadError | None = None
+        self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._serve, name="tritium-engine", daemon=True)
 
     @classmethod
-    def load(cls, config: EngineConfig) -> Session:
+    def load(cls, config: EngineConfig, *, limits: Limits | None = None) -> Session:
         """Load the model; blocks. Raises `TritiumError` for what cannot be loaded."""
-        return cls(*load(config))
+        engine, door = load(config)
+        return cls(EngineThread(engine), door, limits=limits)
 
     @classmethod
-    def over(cls, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None) -> Session:
+    def spawn(cls, config: EngineConfig, *, limits: Limits | None = None) -> Session:
+        """The same with the engine in a process of its own, which is started again when it dies."""
+        driver = EngineProcess(functools.partial(load_engine, config))
+        return cls(driver, Door(driver.facts, load_format(config, driver.facts.directory), seed=config.seed),
+                   limits=limits)
+
+    @classmethod
+    def over(cls, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None,
+             limits: Limits | None = None) -> Session:
         """A session over an engine that exists, such as a `ScriptedEngine`."""
-        return cls(engine, Door(engine, chat, seed=seed))
+        return cls(EngineThread(engine), Door(engine, chat, seed=seed), limits=limits)
 
     def start(self) -> None:
-        """Start the engine's thread, bound to the running event loop. `generate` does so when it must."""
+        """Start the engine, bound to the running event loop. `generate` does so when it must."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._thread.start()
+            self._driver.start(self._hear)
 
     @property
     def alive(self) -> bool:
         return self._error is None
 
     def stats(self) -> EngineStats:
-        """The engine's numbers as of its last step or command."""
-        return self._stats
+        """The engine's numbers as of its last step or command, and what waits outside it."""
+        waiting = self.gate.waiting
+        return dataclasses.replace(self._stats, waiting=self._stats.waiting + waiting) if waiting else self._stats
 
     def generate(
         self,
@@ -85,14 +96,17 @@ class Session:
         *,
         options: TextOptions | None = None,
         priority: int = 0,
+        key: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Events of every choice of every prompt, as they come; choice j of prompt i has index i n + j.
 
         The last event of a choice has `finish_reason`, `usage` and `timing`. Leaving early (closing the generator,
         cancelling the task) aborts what still runs. Raises `RequestError` for a bad prompt or parameter before the
-        first event, `EngineDeadError` when the engine dies.
+        first event, `BusyError` when more is asked than is served at once (by all, or by the holder of `key`),
+        `EngineDeadError` when the engine dies, `OvertimeError`.
         """
-        return self._events(lambda: self.door.prompted(prompts, sampling, options=options, priority=priority))
+        return self._events(lambda: self.door.prompted(prompts, sampling, options=options, priority=priority),
+                            key, priority)
 
     def chat(
         self,
@@ -104,24 +118,25 @@ class Session:
         template_kwargs: Mapping[str, Any] | None = None,
         options: TextOptions | None = None,
         priority: int = 0,
+        key: str = "",
     ) -> AsyncGenerator[Event, None]:
         """`generate` for a conversation: the template is applied, reasoning and tool calls are split out."""
         return self._events(lambda: self.door.chatted(
             messages, sampling, tools=tools, add_generation_prompt=add_generation_prompt,
-            template_kwargs=template_kwargs, options=options, priority=priority))
+            template_kwargs=template_kwargs, options=options, priority=priority), key, priority)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests from now on, and wait at most so long for those that are here."""
+        self._closing, self._error = True, EngineDeadError("the server is shutting down")
+        deadline = asyncio.get_running_loop().time() + seconds
+        while (self._inboxes or self.gate.waiting) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
 
     async def close(self, *, drain_seconds: float = 0.0) -> None:
-        """Refuse new requests, wait at most `drain_seconds` for the running ones, abort the rest, stop the engine."""
-        self._error = self._error or EngineDeadError("the server is shutting down")
-        deadline = asyncio.get_running_loop().time() + drain_seconds
-        while self._inboxes and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-        self._fail(self._error)
-        if self._loop is None:
-            self._engine.close()
-            return
-        self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        """Drain, abort the rest, stop the engine."""
+        await self.drain(drain_seconds)
+        self._fail(self._error or EngineDeadError("the server is shutting down"))
+        await asyncio.to_thread(self._driver.close)
 
     async def __aenter__(self) -> Session:
         self.start()
@@ -131,26 +146,31 @@ class Session:
                         trace: TracebackType | None) -> None:
         await self.close()
 
-    # The loop's side.
-
-    async def _events(self, prepare: Callable[[], Sequence[Answer]]) -> AsyncGenerator[Event, None]:
-        answers = await asyncio.to_thread(prepare)  # tokenizing a long prompt takes time that others need
+    async def _events(self, prepare: Callable[[], Sequence[Answer]], key: str, priority: int
+                      ) -> AsyncGenerator[Event, None]:
         if self._error is not None:
             raise self._error
         self.start()
-        inbox = _Inbox()
-        open_answers = {answer.request.id: answer for answer in answers}
-        self._inboxes |= dict.fromkeys(open_answers, inbox)
-        for queued in answers:
-            self._commands.put(queued.request)
+        ticket = self.gate.enter(key, priority)
+        inbox = _Inbox(ticket)
+        overtime: asyncio.TimerHandle | None = None
+        open_answers: dict[str, Answer] = {}
         reason = FinishReason.ABORT
         try:
+            answers = await asyncio.to_thread(prepare)  # tokenizing a long prompt takes time that others need
+            if self._error is not None:
+                raise self._error
+            open_answers = {answer.request.id: answer for answer in answers}
+            self._inboxes |= dict.fromkeys(open_answers, inbox)
+            overtime = self._end_in_time(inbox, list(open_answers))
+            ticket.ready(len(answers), sum(len(answer.request.prompt_ids) for answer in answers),
+                         lambda: self._admit(answers))
             while open_answers:
-                for token_event in await inbox.take():
+                for token_event, made_at in await inbox.take():
                     answer = open_answers.get(token_event.request_id)
                     if answer is None:  # came after the stop string that ended it
                         continue
-                    event = answer.take(token_event)
+                    event = answer.take(token_event, made_at)
                     if event.error is not None:
                         raise TritiumError(event.error)
                     if answer.finished:
@@ -161,102 +181,114 @@ class Session:
             reason = FinishReason.ERROR
             raise
         finally:
+            if overtime is not None:
+                overtime.cancel()
             for left in open_answers.values():
-                self._release(left, None, abort=True, reason=reason)
+                self._release(left, None, abort=ticket.inside, reason=reason)
+            ticket.leave()
+
+    def _admit(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            self._driver.send(answer.request)
+
+    def _end_in_time(self, inbox: _Inbox, ids: Sequence[str]) -> asyncio.TimerHandle | None:
+        seconds = self.gate.limits.request_timeout
+        if seconds is None:
+            return None
+
+        def end() -> None:
+            inbox.fail(OvertimeError(f"not finished within the {seconds:g} s that a request may take",
+                                     hint="ask for fewer tokens, or raise --request-timeout"))
+            for request_id in ids:  # now, though the reader may be stuck
+                self._driver.send(request_id)
+
+        assert self._loop is not None
+        return self._loop.call_later(seconds, end)
 
     def _release(self, answer: Answer, event: Event | None, *, abort: bool,
                  reason: FinishReason = FinishReason.STOP) -> None:
         """Forget a choice that ended; the engine is told where it does not know."""
-        self._inboxes.pop(answer.request.id, None)
+        inbox = self._inboxes.pop(answer.request.id, None)
         if abort:
-            self._commands.put(answer.request.id)
+            self._driver.send(answer.request.id)
+            if inbox is not None:
+                inbox.ended(answer.request.id)
         if self.observer is not None:
             self.observer(reason if event is None or event.finish_reason is None else event.finish_reason, event)
 
-    def _deliver(self, events: Sequence[TokenEvent]) -> None:
-        for event in events:
-            inbox = self._inboxes.get(event.request_id)
-            if inbox is not None:
-                inbox.put(event)
+    def _hear(self, told: Report | Died | Revived) -> None:
+        """Called in the driver's thread."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._take, told)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            log.debug("an event was lost: the event loop is closed")
 
-    def _refuse(self, request_id: str, error: RequestError) -> None:
-        inbox = self._inboxes.get(request_id)
-        if inbox is not None:
-            inbox.fail(error)
+    def _take(self, told: Report | Died | Revived) -> None:
+        if isinstance(told, Report):
+            self._stats = told.stats
+            for request_id, error in told.refused:
+                if (inbox := self._inboxes.get(request_id)) is not None:
+                    inbox.fail(error)
+            for event in told.events:
+                if (inbox := self._inboxes.get(event.request_id)) is not None:
+                    inbox.put(event, told.made_at)
+        elif isinstance(told, Died):
+            self._stats = emptied(self._stats)
+            self._fail(told.error)
+        elif not self._closing:
+            self._error, self._stats = None, EngineStats()
+            self.restarts += 1
 
     def _fail(self, error: EngineDeadError) -> None:
-        self._error = error
+        if not self._closing:
+            self._error = error
         for inbox in self._inboxes.values():
             inbox.fail(error)
 
-    # The engine's thread.
 
-    def _serve(self) -> None:
-        try:
-            while self._obey():
-                if self._engine.has_work:
-                    events = self._engine.step()
-                    self._stats = self._engine.stats()
-                    if events:
-                        self._post(self._deliver, events)
-        except Exception as error:
-            log.exception("the engine died")
-            self._stats = dataclasses.replace(self._stats, running=0, waiting=0, pages_used=0, slots_used=0)
-            self._post(self._fail, EngineDeadError(f"the engine died: {type(error).__name__}: {error}",
-                                                   hint="see the server's log, then restart it"))
-        finally:
-            self._engine.close()
-
-    def _obey(self) -> bool:
-        """Carry out what was commanded, sleeping until there is something to do. False: stop."""
-        while True:
-            try:
-                command = self._commands.get(block=not self._engine.has_work)
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            if isinstance(command, str):
-                self._engine.abort(command)
-            else:
-                try:
-                    self._engine.add(command)
-                except RequestError as error:
-                    self._post(self._refuse, command.id, error)
-            self._stats = self._engine.stats()
-
-    def _post(self, call: Callable[..., None], *args: object) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(call, *args)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
-            log.debug("an event was lost: the event loop is closed")
+class OvertimeError(TritiumError):
+    """A request that took longer than a request may."""
 
 
 class _Inbox:
     """Events on their way to one caller. Used on the loop only."""
 
-    def __init__(self) -> None:
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
         self._events: dict[str, deque[TokenEvent]] = {}
+        self._made_at = 0.0
+        self._ended: set[str] = set()
         self._error: TritiumError | None = None
         self._wake = asyncio.Event()
 
-    def put(self, event: TokenEvent) -> None:
+    def put(self, event: TokenEvent, made_at: float) -> None:
+        if not self._events:
+            self._made_at = made_at
         self._events.setdefault(event.request_id, deque()).append(event)
+        self._ticket.charge(len(event.tokens))
+        if event.finish_reason is not None:  # here, for the reader may be slow
+            self.ended(event.request_id)
         self._wake.set()
+
+    def ended(self, request_id: str) -> None:
+        """The engine is done with a choice: another may take its place."""
+        if request_id not in self._ended:
+            self._ended.add(request_id)
+            self._ticket.choice_ended()
 
     def fail(self, error: TritiumError) -> None:
         self._error = error
         self._wake.set()
 
-    async def take(self) -> list[TokenEvent]:
-        """Wait, then give what has come, each request's events merged into one. Raises the error that ended it,
-        after what came before it."""
+    async def take(self) -> list[tuple[TokenEvent, float]]:
+        """Wait, then give what has come, each request's events merged into one, and when the oldest was made.
+        Raises the error that ended it, after what came before it."""
         await self._wake.wait()
         if self._events:
             taken, self._events = self._events, {}
             if self._error is None:
                 self._wake.clear()
-            return [merge(events) for events in taken.values()]
+            return [(merge(events), self._made_at) for events in taken.values()]
         assert self._error is not None
         raise self._error

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from tritium.core.constraint import AnswerRules, Constraint
 from tritium.core.sampling_params import SamplingParams
 
 PAGE_TOKENS = 64
@@ -45,6 +46,9 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
     max_total_tokens: int = 0
     """Prompt plus output tokens at which the generation ends with LENGTH; set by the engine when it is added."""
+    rules: AnswerRules | None = None
+    constraint: Constraint | None = None
+    """Made from `rules` when the engine takes the request in; it stands after output_ids."""
     priority: int = 0
     """Smaller is served first; first come, first served within one priority."""
     arrival: int = -1
@@ -114,6 +118,8 @@ class RowPlan:
     next_ids: tuple[int, ...] = ()
     """What follows `ids` when it is already known (prompt ids, or recomputed output), else empty: at most one id.
     The MTP head reads it, and prompt log-probabilities are about it."""
+    constraint: Constraint | None = None
+    """Says which tokens may be drawn. It stands before the drafts, until the step is committed."""
     num_drafts: int = 0
     want_drafts: int = 0
     """How many tokens to propose after what this row samples."""
@@ -138,6 +144,11 @@ class RowPlan:
         kept = self.ids[: len(self.ids) - left_out]
         history = None if self.history is None else self.history + kept[len(kept) - i :]
         return dataclasses.replace(self, ids=kept, num_drafts=i, history=history)
+
+    @property
+    def allowed(self) -> bytes | None:
+        """The tokens that may be drawn after the row, as `Constraint.mask` writes them."""
+        return None if self.constraint is None else self.constraint.mask(self.ids[len(self.ids) - self.num_drafts :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +273,8 @@ class Event:
     usage: Usage | None = None
     timing: Timing | None = None
     error: str | None = None
+    made_at: float = 0.0
+    """When the engine's step ended, on the monotonic clock; 0 where that was not measured."""
 
 
 @dataclass(frozen=True, slots=True)

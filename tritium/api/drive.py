@@ -1,0 +1,147 @@
+"""Running an engine beside the event loop: commands in, reports out. In a thread here; in a process in `process`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tritium.api.engine_core import EngineCore
+from tritium.core import EngineDeadError, EngineStats, Request, RequestError, TokenEvent
+from tritium.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+Command = Request | str | None
+"""A request to add, an id to abort, None to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What does not change while an engine lives: all that the api must know of one that is elsewhere."""
+
+    model_config: ModelConfig
+    directory: Path
+    max_model_len: int
+    max_num_seqs: int
+    generation_defaults: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, engine: EngineCore) -> EngineFacts:
+        return cls(engine.model_config, engine.directory, engine.max_model_len, engine.max_num_seqs,
+                   dict(engine.generation_defaults))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of a step, or of commands alone."""
+
+    events: list[TokenEvent]
+    stats: EngineStats
+    made_at: float
+    """End of the step, on the monotonic clock that all processes of a machine share."""
+    refused: tuple[tuple[str, RequestError], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The engine is gone, and all that it held."""
+
+    error: EngineDeadError
+
+
+@dataclass(frozen=True, slots=True)
+class Revived:
+    """A new engine took its place."""
+
+
+Tell = Callable[[Report | Died | Revived], None]
+
+
+class Driver(Protocol):
+    """An engine that runs elsewhere. `tell` is called from another thread, in order."""
+
+    facts: EngineFacts
+
+    def start(self, tell: Tell) -> None: ...
+
+    def send(self, command: Request | str) -> None:
+        """Never blocks. What is sent to an engine that died is lost: `Died` is told in any case."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine; blocks until it is gone."""
+        ...
+
+
+def drive(engine: EngineCore, commands: queue.SimpleQueue[Command], tell: Callable[[Report], None]) -> None:
+    """Serve an engine until None is commanded, sleeping while there is nothing to do."""
+    while True:
+        refused: list[tuple[str, RequestError]] = []
+        obeyed = 0
+        while True:
+            try:
+                command = commands.get(block=not (obeyed or engine.has_work))
+            except queue.Empty:
+                break
+            obeyed += 1
+            if command is None:
+                return
+            if isinstance(command, str):
+                engine.abort(command)
+                continue
+            try:
+                engine.add(command)
+            except RequestError as error:
+                refused.append((command.id, error))
+        events = engine.step() if engine.has_work else []
+        tell(Report(events, engine.stats(), time.monotonic(), tuple(refused)))
+
+
+def died(error: BaseException) -> Died:
+    return Died(EngineDeadError(f"the engine died: {type(error).__name__}: {error}",
+                                hint="see the server's log"))
+
+
+def emptied(stats: EngineStats) -> EngineStats:
+    """The numbers of an engine that holds nothing any more."""
+    return dataclasses.replace(stats, running=0, waiting=0, pages_used=0, slots_used=0)
+
+
+class EngineThread:
+    """An engine in a thread of this process. It does not come back when it dies."""
+
+    def __init__(self, engine: EngineCore) -> None:
+        self.facts = EngineFacts.of(engine)
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, tell: Tell) -> None:
+        self._thread = threading.Thread(target=self._run, args=(tell,), name="tritium-engine", daemon=True)
+        self._thread.start()
+
+    def send(self, command: Request | str) -> None:
+        self._commands.put(command)
+
+    def close(self) -> None:
+        if self._thread is None:
+            self._engine.close()
+            return
+        self._commands.put(None)
+        self._thread.join()
+
+    def _run(self, tell: Tell) -> None:
+        try:
+            drive(self._engine, self._commands, tell)
+        except Exception as error:
+            log.exception("the engine died")
+            tell(died(error))
+        finally:
+            self._engine.close()
