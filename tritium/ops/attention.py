@@ -28,6 +28,8 @@ PAGE_BLOCK = 32
 """Pages whose scores are held at once; blocks start at multiples of this, whatever the row."""
 ROW_TILE = 16
 """Decode rows that are attended together, so that gathered keys stay small."""
+SHORT = 16
+"""Tokens of a row up to which it is attended beside others: decode rows with their drafts."""
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
@@ -77,27 +79,30 @@ def reference(
     tokens, heads, dim = q_TND.shape
     q_TGMD = q_TND.view(tokens, groups, heads // groups, dim)
     o_TGMD = torch.empty_like(q_TGMD)
-    for rows, first, count in _tiles(spans):
-        index_BM = spans.tensor([[spans.starts[r] + first + i for i in range(count)] for r in rows])
-        last = max(spans.contexts[r] + first + count for r in rows)
-        pages_BP = spans.pages_RP[spans.tensor(rows), : -(-last // PAGE)]
-        o_TGMD[index_BM.view(-1)] = (
-            _attend(q_TGMD[index_BM], spans.positions_T[index_BM], pages_BP, k_pages, v_pages)
-            .to(q_TND.dtype)
-            .view(-1, *q_TGMD.shape[1:])
+    for index_BC, pages_BP in spans.cached("attention_tiles", _tiles):
+        # Where a row repeats its last token, the same bits are written to the same place again.
+        o_TGMD[index_BC] = _attend(q_TGMD[index_BC], spans.positions_T[index_BC], pages_BP, k_pages, v_pages).to(
+            q_TND.dtype
         )
     gate = sigmoid(gate_TND.to(wide(gate_TND.dtype)))
     return (o_TGMD.view(tokens, heads, dim) * gate).to(q_TND.dtype)
 
 
-def _tiles(spans: Spans) -> list[tuple[list[int], int, int]]:
-    """(rows, first token within the row, tokens): decode rows side by side, longer spans in query tiles."""
-    single = sorted((r for r in range(spans.num_rows) if spans.lengths[r] == 1), key=lambda r: spans.contexts[r])
-    tiles = [(single[i : i + ROW_TILE], 0, 1) for i in range(0, len(single), ROW_TILE)]
+def _tiles(spans: Spans) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens [B, C], block tables [B, P]) of what is attended together: decode rows side by side, those with fewer
+    drafts repeating their last token, and longer spans in query tiles."""
+    short = sorted((r for r, length in enumerate(spans.lengths) if length <= SHORT), key=lambda r: spans.contexts[r])
+    tiles = [(short[i : i + ROW_TILE], 0, SHORT) for i in range(0, len(short), ROW_TILE)]
     for r, length in enumerate(spans.lengths):
-        if length > 1:
-            tiles += [([r], first, min(QUERY_TILE, length - first)) for first in range(0, length, QUERY_TILE)]
-    return tiles
+        if length > SHORT:
+            tiles += [([r], first, QUERY_TILE) for first in range(0, length, QUERY_TILE)]
+    out = []
+    for rows, first, most in tiles:
+        stop = min(first + most, max(spans.lengths[r] for r in rows))
+        index = [[spans.starts[r] + min(i, spans.lengths[r] - 1) for i in range(first, stop)] for r in rows]
+        last = max(spans.contexts[r] + min(stop, spans.lengths[r]) for r in rows)
+        out.append((spans.tensor(index), spans.pages_RP[spans.tensor(rows), : -(-last // PAGE)]))
+    return out
 
 
 def _attend(

@@ -57,13 +57,14 @@ def reference(*, x_TC: torch.Tensor, w_CW: torch.Tensor, state: torch.Tensor, sp
         if spans.num_rows == 1 and stored == width - 1:  # one row's inputs stand in order: its taps are views
             inputs_TC = inputs[j : j + len(x_TC)]
         else:
-            inputs_TC = inputs[windows.taps_TW[:, j]]
+            inputs_TC = inputs.index_select(0, windows.taps_WT[j])
         return inputs_TC.to(compute) * w_CW[:, j]
 
     y_TC = tap(0)
     for j in range(1, width):
         y_TC = y_TC + tap(j)
-    state.index_copy_(0, windows.slots_N, inputs[windows.kept_NW].to(state.dtype))
+    kept = inputs.index_select(0, windows.kept_NW.view(-1)).view(-1, *state.shape[1:])
+    state.index_copy_(0, windows.slots_N, kept.to(state.dtype))
     return silu(y_TC).to(x_TC.dtype)
 
 

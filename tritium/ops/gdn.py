@@ -98,42 +98,44 @@ def reference(
     q_TKD = _l2_normalised(q_TKD) * key**-0.5
     step_UF = step_TF
     if folded:
-        rows, places = spans.tensor([r for r, _ in spans.folded]), spans.tensor([i for _, i in spans.folded])
-        step_UF = torch.cat([pending[spans.sources_R[rows], places].to(compute), step_TF])
+        step_UF = torch.cat([pending[spans.folded_from].to(compute), step_TF])
         q_TKD = torch.cat([q_TKD.new_zeros(folded, key_heads, key), q_TKD])
-    if spans.num_rows > 1:
-        step_UF, q_TKD = step_UF[order.order], q_TKD[order.order]
+    if not order.as_is:
+        step_UF, q_TKD = step_UF.index_select(0, order.order), q_TKD.index_select(0, order.order)
     k_U, v_U, decay_UN, beta_UN = step_UF.split([key_heads * key, heads * value, heads, heads], dim=-1)
     group = heads // key_heads
-    k_UNK1 = k_U.reshape(-1, key_heads, key, 1).repeat_interleave(group, dim=1)
-    q_UNK1 = q_TKD.reshape(-1, key_heads, key, 1).repeat_interleave(group, dim=1)
+    k_UNK1, q_UNK1 = (x.reshape(-1, key_heads, key, 1) for x in (k_U, q_TKD))
+    if group > 1:
+        k_UNK1, q_UNK1 = (x.repeat_interleave(group, dim=1) for x in (k_UNK1, q_UNK1))
     v_UNV = v_U.reshape(-1, heads, value)
     decay_UN11, beta_UN1 = decay_UN[:, :, None, None], beta_UN[:, :, None]
 
     state_RNKV = state.index_select(0, spans.sources_R[order.rows]).to(compute)
     for r in spans.fresh:
         state_RNKV[order.rows == r] = 0
+    scratch_RNKV = torch.empty_like(state_RNKV)  # new memory costs more than the arithmetic
     o_UNV = torch.empty(folded + tokens, heads, value, dtype=compute, device=qkv_TC.device)
     begin = 0
     for t, rows_now in enumerate(order.active):
         now = slice(begin, begin + rows_now)
-        s, k_now = state_RNKV[:rows_now], k_UNK1[now]
+        s, k_now, product = state_RNKV[:rows_now], k_UNK1[now], scratch_RNKV[:rows_now]
         s.mul_(decay_UN11[now])
-        u = (v_UNV[now] - (s * k_now).sum(-2)).mul_(beta_UN1[now])
+        u = (v_UNV[now] - torch.mul(s, k_now, out=product).sum(-2)).mul_(beta_UN1[now])
         s.addcmul_(k_now, u.unsqueeze(-2))
-        torch.sum(s * q_UNK1[now], dim=-2, out=o_UNV[now])
+        if t >= order.folds:  # until then, nobody reads it
+            torch.sum(torch.mul(s, q_UNK1[now], out=product), dim=-2, out=o_UNV[now])
         begin += rows_now
         if t + 1 in order.saves:
             ranks, slots = order.saves[t + 1]
-            state.index_copy_(0, slots, state_RNKV[ranks].to(state.dtype))
-    for r, drafts in enumerate(spans.drafts):
-        if drafts:
-            stop = spans.starts[r] + spans.lengths[r]
-            pending[spans.slots[r], :drafts] = step_TF[stop - drafts : stop].to(pending.dtype)
-    if spans.num_rows == 1:
+            done = state_RNKV if ranks is None else state_RNKV.index_select(0, ranks)
+            state.index_copy_(0, slots, done.to(state.dtype))
+    if any(spans.drafts):
+        tokens_P, slots_P, places_P = spans.drafted
+        pending[slots_P, places_P] = step_TF[tokens_P].to(pending.dtype)
+    if order.as_is:
         return o_UNV[folded:]
     out_UNV = torch.empty_like(o_UNV)
-    out_UNV[order.order] = o_UNV
+    out_UNV.index_copy_(0, order.order, o_UNV)
     return out_UNV[folded:]
 
 

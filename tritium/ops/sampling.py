@@ -1,6 +1,7 @@
 """Logits to one token a row, and log-probabilities of tokens.
 
     edit:    x[i] ← rep(x[i] + bias) − minus      for the listed (row, i);   rep(y) = y / r if y > 0 else y · r
+    allow:   x[i] ← -inf for every token outside the row's grammar
     greedy:  temperature 0:   token = argmax x,   ties to the lower id
     weigh:   w[i] = ⌊2^43 · exp((x[i] − max x) / temperature)⌋     an integer
     cut:     min_p: keep w ≥ min_p · 2^43
@@ -18,7 +19,8 @@ the last key kept, where key = w · 2^19 + (2^19 − 1 − id) orders by weight,
 A row whose largest edited logit is not finite (a NaN, +inf, or nothing but -inf) has no token: `finite` is false
 there. Other -inf are masks.
 
-Shapes: S rows, V vocabulary (at most 2^19), E edits, K alternatives. logits_SV any float dtype; temperature_S,
+Shapes: S rows, V vocabulary (at most 2^19), E edits, K alternatives, W words of 32
+tokens. logits_SV any float dtype; temperature_S,
 top_p_S, min_p_S float64; top_k_S (0: all), seed_S, position_S, token_S, rank_S int64; finite_S bool.
 """
 
@@ -151,11 +153,19 @@ def reference(
     seed_S: torch.Tensor,
     position_S: torch.Tensor,
     edits: Edits | None = None,
+    allowed_SW: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token_S, finite_S); the token of a row that is not finite means nothing. Changes no argument."""
+    """(token_S, finite_S); the token of a row that is not finite means nothing. Changes no argument.
+
+    `allowed_SW`: int32, bit t % 32 of word t / 32 says whether token t may be drawn.
+    """
     _check_vocabulary(logits_SV)
     if edits is not None:
         logits_SV = _edited(logits_SV, edits)
+    if allowed_SW is not None:
+        bit_32 = torch.arange(32, dtype=torch.int32, device=allowed_SW.device)
+        banned_SV = ((allowed_SW[:, :, None] >> bit_32) & 1).flatten(1)[:, : logits_SV.shape[-1]] == 0
+        logits_SV = logits_SV.masked_fill(banned_SV, -torch.inf)
     token_S = logits_SV.argmax(-1)  # the first of equals; a NaN counts as the largest
     peak_S = logits_SV.gather(-1, token_S[:, None])[:, 0].double()
     drawn_S = temperature_S > 0

@@ -5,10 +5,14 @@ Shapes: T tokens, R rows, P pages of a block table, W convolution width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ class Spans:
 
     def tensor(self, values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def cached(self, name: str, make: Callable[[Spans], Made]) -> Made:
+        """What an op derives from the spans, made once a step for all layers."""
+        kept: dict[str, Made] = self.__dict__.setdefault("_cached", {})
+        if name not in kept:
+            kept[name] = make(self)
+        return kept[name]
 
     @cached_property
     def sources_R(self) -> torch.Tensor:
@@ -123,6 +134,23 @@ class Spans:
         return tuple((r, i) for r, fold in enumerate(self.folds) for i in range(fold))
 
     @cached_property
+    def folded_from(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slot, index among the inputs kept there) of `folded`."""
+        rows, places = zip(*self.folded, strict=True)
+        return self.sources_R[self.tensor(rows)], self.tensor(places)
+
+    @cached_property
+    def drafted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(token, slot, place there) of every draft, whose inputs are to be kept."""
+        found = [
+            (self.starts[r] + self.lengths[r] - count + i, self.slots[r], i)
+            for r, count in enumerate(self.drafts)
+            for i in range(count)
+        ]
+        tokens, slots, places = zip(*found, strict=True)
+        return self.tensor(tokens), self.tensor(slots), self.tensor(places)
+
+    @cached_property
     def time_major(self) -> TimeMajor:
         """An order of the tokens, folded ones included, for recurrences that advance all rows together."""
         lengths = [fold + length for fold, length in zip(self.folds, self.lengths)]
@@ -144,13 +172,16 @@ class Spans:
             saves.setdefault(after, []).append((rank[r], slot))
         return TimeMajor(
             order=self.tensor(order),
+            as_is=order == list(range(len(order))),
+            folds=min(self.folds),
             rows=self.tensor(by_length),
             active=tuple(active),
-            saves={
-                after: (self.tensor([row for row, _ in pairs]), self.tensor([slot for _, slot in pairs]))
-                for after, pairs in saves.items()
-            },
+            saves={after: self._ranks_and_slots(sorted(pairs)) for after, pairs in saves.items()},
         )
+
+    def _ranks_and_slots(self, pairs: list[tuple[int, int]]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        ranks, slots = zip(*pairs, strict=True)
+        return None if ranks == tuple(range(self.num_rows)) else self.tensor(ranks), self.tensor(slots)
 
     def conv_windows(self, stored: int, width: int) -> ConvWindows:
         """Indices for a causal convolution of `width` taps over [R * stored kept inputs; T new inputs].
@@ -176,7 +207,7 @@ class Spans:
         last = self.tensor(self.lengths)[saved] - 1
         offset_NW = after[:, None] - (width - 1) + self.tensor(range(stored))
         return ConvWindows(
-            taps_TW=taps_TW,
+            taps_WT=taps_TW.t().contiguous(),
             # Beyond a row's last input there is nothing to keep: those places repeat it and are never read.
             kept_NW=source(saved[:, None], torch.minimum(offset_NW, last[:, None])),
             slots_N=self.tensor([slot for _, _, slot in self.saves]),
@@ -187,19 +218,22 @@ class Spans:
 class TimeMajor:
     """Step t works on the first active[t] of `rows`, whose tokens stand side by side in `order`.
 
-    `order` indexes [folded tokens; T tokens]; `saves` maps a number of steps done to (ranks among rows, slots).
+    `order` indexes [folded tokens; T tokens], `as_is` where it changes nothing; the first `folds` steps only fold;
+    `saves` maps a number of steps done to (ranks among rows, None for all in order; slots).
     """
 
     order: torch.Tensor
+    as_is: bool
+    folds: int
     rows: torch.Tensor
     active: tuple[int, ...]
-    saves: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    saves: dict[int, tuple[torch.Tensor | None, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class ConvWindows:
     """Sources of every token's taps, oldest first, and of what each of the N saved states keeps."""
 
-    taps_TW: torch.Tensor
+    taps_WT: torch.Tensor
     kept_NW: torch.Tensor
     slots_N: torch.Tensor
