@@ -6,6 +6,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from tritium.chat.format import ChatFormat
+from tritium.chat.tags import TAGS
 from tritium.chat.template import ChatTemplate
 from tritium.chat.tokenizer import Tokenizer
 
@@ -18,7 +19,6 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 _TEMPLATE = """
 {%- if tools %}

@@ -8,12 +8,13 @@ from typing import Any
 
 from tritium.chat.detokenize import Detokenizer
 from tritium.chat.messages import check_messages, check_tools, check_variables, schemas
-from tritium.chat.reasoning import END_THINK, THINK, ReasoningSplitter, ends_in_think
+from tritium.chat.reasoning import ReasoningSplitter, ends_in_think
 from tritium.chat.stop import StopMatcher
 from tritium.chat.stream import TextStream
+from tritium.chat.tags import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from tritium.chat.template import ChatTemplate, load_template
 from tritium.chat.tokenizer import Tokenizer
-from tritium.chat.tools import END_TOOL_CALL, TOOL_CALL, ToolParser
+from tritium.chat.tools import ToolParser
 from tritium.core.errors import RequestError
 
 _PROMPT_TAIL = 32

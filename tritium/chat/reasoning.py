@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 
 from tritium.chat.stop import overlap
-
-THINK, END_THINK = "<think>", "</think>"
+from tritium.chat.tags import END_THINK, THINK
 
 
 class _State(enum.Enum):

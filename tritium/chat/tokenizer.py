@@ -58,6 +58,11 @@ class Tokenizer:
         text: str = self._inner.decode(ids, skip_special_tokens=skip_special)
         return text
 
+    def serialized(self) -> str:
+        """As the JSON of `tokenizer.json`."""
+        text: str = self._inner.to_str()
+        return text
+
     def token(self, id: int) -> str | None:
         """The vocabulary entry of an id (not its text); None when there is none."""
         entry: str | None = self._inner.id_to_token(id)

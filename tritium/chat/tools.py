@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tritium.chat.stop import overlap
+from tritium.chat.tags import END_TOOL_CALL, TOOL_CALL
 from tritium.core.stages import ToolCall
 
-TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_FUNCTION, _END_PARAMETER = "<function=", "</function>", "</parameter>"
 
 # The newlines before a call separate it from the text; the look-behind keeps the search linear in their number.
@@ -142,9 +142,9 @@ def coerce(text: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any
     integer, number, object, array) and text that fits none stays a string. Without a declared type only objects
     and arrays are parsed. The template writes True, False and None, so these are read too.
     """
-    alternatives = _alternatives(schema, root)
-    types = {kind for alternative in alternatives for kind in _types(alternative)}
-    literals = [value for alternative in alternatives for value in _literals(alternative)]
+    choices = alternatives(schema, root)
+    types = {kind for choice in choices for kind in types_of(choice)}
+    literals = [value for choice in choices for value in literals_of(choice)]
     if text in literals:
         return text
     for kind, read in _READERS.items():
@@ -200,7 +200,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _alternatives(schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def alternatives(schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The schema and all that it refers to or combines, each once (a schema may refer to itself)."""
     found, waiting = {}, [schema]
     while waiting:
@@ -220,7 +220,7 @@ def _alternatives(schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[Ma
     return list(found.values())
 
 
-def _types(schema: Mapping[str, Any]) -> list[str]:
+def types_of(schema: Mapping[str, Any]) -> list[str]:
     kind = schema.get("type")
     if isinstance(kind, str):
         return [kind]
@@ -229,7 +229,7 @@ def _types(schema: Mapping[str, Any]) -> list[str]:
     return ["object"] if "properties" in schema else ["array"] if "items" in schema else []
 
 
-def _literals(schema: Mapping[str, Any]) -> list[Any]:
+def literals_of(schema: Mapping[str, Any]) -> list[Any]:
     enum = schema.get("enum")
     return (list(enum) if isinstance(enum, Sequence) else []) + ([schema["const"]] if "const" in schema else [])
 

@@ -1,5 +1,6 @@
 """Plain words of the engine: no torch, no I/O, no globals."""
 
+from tritium.core.constraint import AnswerRules, Constrain, Constraint
 from tritium.core.errors import (
     CapacityError,
     CheckpointError,
@@ -29,9 +30,12 @@ from tritium.core.stages import (
 
 __all__ = [
     "PAGE_TOKENS",
+    "AnswerRules",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "Constrain",
+    "Constraint",
     "EngineDeadError",
     "EngineStats",
     "Event",

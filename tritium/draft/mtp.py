@@ -79,4 +79,6 @@ def _site(row: RowPlan, new: tuple[int, ...]) -> RowPlan:
     """The row as it will be when `new` are its tokens: what a draw after them sees."""
     sure = row.site(0)
     history = None if sure.history is None else sure.history + new
-    return dataclasses.replace(sure, ids=sure.ids + new, history=history, eos_ids=frozenset())
+    return dataclasses.replace(
+        sure, ids=sure.ids + new, num_drafts=len(new), history=history, eos_ids=frozenset()
+    )

@@ -50,6 +50,7 @@ class Sampler:
             seed_S=column([row.seed for row in rows], torch.int64),
             position_S=column([row.stop for row in rows], torch.int64),
             edits=_edits(rows, logits_SV.shape[-1], device),
+            allowed_SW=_allowed(rows, logits_SV.shape[-1], device),
         )
         tokens = [token if ok else None for token, ok in zip(token_S.tolist(), finite_S.tolist())]
         told = self._logprobs(rows, logits_SV, tokens)
@@ -83,6 +84,17 @@ def _token_logprobs(logits_SV: torch.Tensor, tokens: Sequence[int], counts: Sequ
         TokenLogprob(token, logprob, rank, tuple(zip(top[:k], top_logprobs[:k])))
         for token, k, logprob, rank, top, top_logprobs in zip(tokens, counts, *(c.tolist() for c in columns))
     ]
+
+
+def _allowed(rows: Sequence[RowPlan], vocab: int, device: torch.device) -> torch.Tensor | None:
+    """What the rows' constraints allow, 32 tokens a word; None where no row has any. On a GPU the host works this out
+    while the forward pass runs."""
+    masks = [row.allowed for row in rows]
+    if not any(mask is not None for mask in masks):
+        return None
+    size = 4 * -(-vocab // 32)
+    packed = bytearray().join(b"\xff" * size if mask is None else mask[:size] for mask in masks)
+    return torch.frombuffer(packed, dtype=torch.int32).view(len(rows), -1).to(device)
 
 
 def _edits(rows: Sequence[RowPlan], vocab: int, device: torch.device) -> Edits | None:

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from tritium.cache import PagePool, PrefixCache, SlotPool, pages_for
 from tritium.core import (
     PAGE_TOKENS,
+    Constrain,
     FinishReason,
     Request,
     RequestError,
@@ -83,6 +84,8 @@ class Scheduler:
         self.limits = limits
         self._proposer = proposer
         self._depth = depth
+        self.constrain: Constrain | None = None
+        """Makes what holds an answer to its rules; without it requests with rules are refused."""
         self.preemptions = 0
         """Preemptions since the start, of all requests."""
         self.reuse = Reuse(pages, slots, cache)
@@ -111,6 +114,10 @@ class Scheduler:
         if request.id in self._requests:
             raise RequestError(f"request id {request.id!r} is in use", param="request_id", hint="choose another")
         request.max_total_tokens = self._total_tokens(request)
+        if request.rules is not None:
+            if self.constrain is None:
+                raise RequestError("this engine cannot hold an answer to a grammar", param="response_format")
+            request.constraint = self.constrain(request.rules)
         request.arrival = self._arrivals
         self._arrivals += 1
         request.status = Status.WAITING
@@ -296,6 +303,7 @@ class Scheduler:
             next_ids=() if samples else request.ids(stop, stop + 1),
             num_drafts=len(drafts),
             want_drafts=self._depth(request) if samples and self._proposer else 0,
+            constraint=request.constraint if samples else None,
             source=source,
             fold=request.fold,
             snapshots=self.reuse.snapshots(request, request.num_computed, stop),
@@ -319,7 +327,7 @@ class Scheduler:
                 request.id,
                 prompt_logprobs=prompt_logprobs,
                 finish_reason=FinishReason.ERROR,
-                error="the model's logits are not finite",
+                error=(request.constraint and request.constraint.error) or "the model's logits are not finite",
                 timing=_timing(request),
                 cached_tokens=request.num_cached or 0,
             )
@@ -334,6 +342,8 @@ class Scheduler:
             request.output_ids.append(out.tokens[count])
             reason = _ending(request, out.tokens[count])
             count += 1
+        if request.constraint is not None:
+            request.constraint.advance(out.tokens[:count])
         if reason is FinishReason.STOP:
             request.stop_token = out.tokens[count - 1]
         if reason is not None:
