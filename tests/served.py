@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 import httpx
 import openai
 
-from tritium.api import ScriptedEngine, Session
+from tritium.api import Limits, ScriptedEngine, Session
 from tritium.api.engine_core import EngineCore
 from tritium.chat import ChatFormat, byte_chat_format
 from tritium.core import Request
 from tritium.server.app import Server, listen
+from tritium.server.settings import ServerSettings
 
 CHAT = byte_chat_format()
 EOS = CHAT.tokenizer.token_id("<|im_end|>") or 0
@@ -78,12 +80,18 @@ class Served:
         self.wait_for(1.0, running=0, waiting=0, pages_used=0, slots_used=0)
 
 
+def server_settings(**options) -> ServerSettings:
+    limits = {field.name: options.pop(field.name) for field in dataclasses.fields(Limits) if field.name in options}
+    return ServerSettings(**{"drain_seconds": 0.0, "log_format": "none", "limits": Limits(**limits)} | options)
+
+
 @contextmanager
 def served(engine: EngineCore, chat: ChatFormat = CHAT, model: str = MODEL, **options) -> Iterator[Served]:
-    """Serve on a free port of 127.0.0.1 until the end of the block."""
+    """Serve on a free port of 127.0.0.1 until the end of the block. `options`: of the server's settings and limits."""
+    settings = server_settings(**options)
     listener = listen("127.0.0.1", 0)
-    session = Session.over(engine, chat, seed=0)
-    server = Server(session, [model], drain_seconds=0.0, **options)
+    session = Session.over(engine, chat, seed=0, limits=settings.limits)
+    server = Server(session, [model], settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10

@@ -18,13 +18,14 @@ from typing import Any
 import click
 import pytest
 
-from tritium.api import ScriptedEngine, Session
+from tritium.api import Limits, ScriptedEngine, Session
 from tritium.chat.fake import byte_chat_format
 from tritium.cli import main as main_module
 from tritium.cli.main import main
 from tritium.cli.render import Printer, time_table
 from tritium.config import EngineConfig
 from tritium.core import CheckpointError, ConfigError, Event, Request, Timing, ToolCall, Usage
+from tritium.server import ServerSettings
 
 
 def outcome(*arguments: str) -> int:
@@ -276,15 +277,18 @@ def test_doctor_goes_on_after_a_problem(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_serve_passes_on_what_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
-    monkeypatch.setattr("tritium.server.serve", lambda config, **more: told.update(more, config=config))
+    monkeypatch.setattr("tritium.server.serve", lambda config, settings: told.update(settings=settings, config=config))
     assert outcome(
         "serve", "some/model", "--port", "81", "--served-model-name", "a", "--served-model-name", "b",
         "--max-num-seqs", "7", "--gpu-memory-utilization", "0.5", "--enforce-eager", "-q",
+        "--max-queued-requests", "9", "--api-key", "k", "--log-format", "json",
     ) == 0  # fmt: skip
     expected = EngineConfig(
         model="some/model", max_num_seqs=7, gpu_memory_utilization=0.5, enforce_eager=True, show_progress=False
     )
-    assert told == {"config": expected, "host": "127.0.0.1", "port": 81, "served_model_names": ("a", "b")}
+    settings = ServerSettings(port=81, served_model_names=("a", "b"), api_keys=("k",), log_format="json",
+                              limits=Limits(max_queued_requests=9))
+    assert told == {"config": expected, "settings": settings}
 
 
 def test_eval_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,8 +26,10 @@ class Answer:
         self._first_token_at: float | None = None
 
     def take(self, event: TokenEvent, made_at: float = 0.0) -> Event:
-        """The event as text; `made_at`: when the engine had made it. A stop string ends the answer at the very token that completed it: later tokens of
-        the same event are neither shown nor counted. The token that ended the generation counts, but has no text.
+        """The event as text; `made_at`: when the engine had made it.
+
+        A stop string ends the answer at the very token that completed it: later tokens of the same event are neither
+        shown nor counted. The token that ended the generation counts, but has no text.
         """
         if event.tokens and self._first_token_at is None:
             self._first_token_at = made_at or time.monotonic()

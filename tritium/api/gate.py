@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tritium.core import ConfigError, TritiumError
 from tritium.config import flag
+from tritium.core import ConfigError, TritiumError
 
 _LONGEST_RETRY = 60.0
 

@@ -6,6 +6,7 @@ however that came, and leaves at once; signals of the terminal are the parent's 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from tritium.api.drive import Command, Died, EngineFacts, Report, Revived, Tell, died, drive
+from tritium.api.drive import Command, Died, EngineFacts, Revived, Tell, died, drive
 from tritium.api.engine_core import EngineCore
 from tritium.core import EngineDeadError, Request, TritiumError
 
@@ -111,10 +112,8 @@ class _Child:
         self._connection = Connection(ours.detach())
         self.outbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="tritium-commands", daemon=True)
-        try:
+        with contextlib.suppress(OSError):  # it died at once, as `wait_ready` finds out
             self._connection.send((logging.getLogger("tritium").getEffectiveLevel(), load))
-        except OSError:
-            pass  # it died at once, as `wait_ready` finds out
 
     def wait_ready(self) -> EngineFacts:
         try:
@@ -154,14 +153,12 @@ class _Child:
             self.process.wait()
 
     def _send(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the child is gone, which its other end tells better
             while True:
                 command = self.outbox.get()
                 self._connection.send(command)
                 if command is None:
                     return
-        except OSError:
-            pass  # the child is gone, which its other end tells better
 
     def _how(self) -> str:
         try:

@@ -9,38 +9,44 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tritium
-from tritium.api import Completion, ContextLengthError, Session
+from tritium.api import Completion, Session
 from tritium.config import EngineConfig
-from tritium.core import ConfigError, EngineDeadError, Event, RequestError, TritiumError
+from tritium.core import ConfigError, Event, TritiumError
 from tritium.server import convert, protocol
-from tritium.server.convert import ChatShape, CompletionShape, Envelope, Shape, Tally
+from tritium.server.convert import ChatShape, CompletionShape
+from tritium.server.errors import (
+    BodyTooLargeError,
+    SlowBodyError,
+    UnknownModelError,
+    code_of,
+    error_event,
+    error_response,
+    status_of,
+)
+from tritium.server.guard import Guard, PatientProtocol, caller_of
 from tritium.server.metrics import Metrics
+from tritium.server.settings import ServerSettings
+from tritium.server.writers import Call, OpenAIWriter, Writer
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 * 2**20
 _DRAINED_BYTES = 64 * 2**20
 
 
-class UnknownModelError(RequestError):
-    """A model name that this server does not go by."""
-
-
-class BodyTooLargeError(RequestError):
-    """More bytes than the server reads."""
-
-
-def create_app(session: Session, served_model_names: Sequence[str], *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def create_app(session: Session, served_model_names: Sequence[str], settings: ServerSettings | None = None) -> ASGIApp:
     """The application. It starts the session with its event loop and closes it at the end."""
+    settings = settings or ServerSettings()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +55,8 @@ def create_app(session: Session, served_model_names: Sequence[str], *, max_body_
         await session.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    routes = Routes(session, served_model_names, max_body_bytes)
+    metrics = Metrics(session)
+    routes = Routes(session, served_model_names, settings, metrics)
     endpoints: dict[str, Callable[..., Awaitable[Response]]] = {
         "POST /v1/chat/completions": routes.chat,
         "POST /v1/completions": routes.completions,
@@ -66,25 +73,34 @@ def create_app(session: Session, served_model_names: Sequence[str], *, max_body_
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (TritiumError, HTTPException, Exception):
         app.add_exception_handler(kind, routes.refuse)
-    return app
+    if settings.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST"],
+                           allow_headers=["*"], expose_headers=["x-request-id"])
+    return Guard(app, keyring=settings.keyring(), metrics=metrics, log_format=settings.log_format)
 
 
 class Routes:
     """What the endpoints share: the session, its names, its metrics."""
 
-    def __init__(self, session: Session, names: Sequence[str], max_body_bytes: int) -> None:
+    def __init__(self, session: Session, names: Sequence[str], settings: ServerSettings,
+                 metrics: Metrics) -> None:
         self._session = session
         self._names = tuple(names)
-        self._max_body_bytes = max_body_bytes
-        self._metrics = Metrics(session.stats)
+        self._settings = settings
+        self._metrics = metrics
         session.observer = self._metrics.finished
 
     async def chat(self, request: Request) -> Response:
         body = protocol.parse(protocol.ChatRequest, await self._fields(request))
-        model = self._check_model(body.model)
         convert.check_stream_options(body)
-        door = self._session.door
-        sampling = convert.chat_sampling(body, door)
+        events, call = self._chat(body, request)
+        writer = OpenAIWriter(ChatShape(body, self._session.door), call.model, call.n, body.stream_options)
+        return self._answer(events, writer, request, stream=body.stream)
+
+    def _chat(self, body: protocol.ChatRequest, request: Request) -> tuple[AsyncGenerator[Event, None], Call]:
+        """The one way from every chat door to the session."""
+        model = self._check_model(body.model)
+        sampling = convert.chat_sampling(body, self._session.door)
         events = self._session.chat(
             body.messages,
             sampling,
@@ -93,8 +109,9 @@ class Routes:
             template_kwargs=body.chat_template_kwargs,
             options=convert.text_options(body),
             priority=body.priority,
+            key=caller_of(request.scope).key,
         )
-        return self._answer(events, ChatShape(body, door), body, model, sampling.n)
+        return events, Call(model, sampling.n)
 
     async def completions(self, request: Request) -> Response:
         body = protocol.parse(protocol.CompletionRequest, await self._fields(request))
@@ -103,9 +120,11 @@ class Routes:
         door = self._session.door
         prompts = await asyncio.to_thread(door.encode, body.prompt, add_special=body.add_special_tokens)
         sampling = convert.completion_sampling(body, door, max(map(len, prompts)))
-        events = self._session.generate(
-            prompts, sampling, options=convert.text_options(body), priority=body.priority)
-        return self._answer(events, CompletionShape(body, prompts, sampling.n, door), body, model, sampling.n)
+        events = self._session.generate(prompts, sampling, options=convert.text_options(body), priority=body.priority,
+                                        key=caller_of(request.scope).key)
+        shape = CompletionShape(body, prompts, sampling.n, door)
+        return self._answer(events, OpenAIWriter(shape, model, sampling.n, body.stream_options), request,
+                            stream=body.stream)
 
     async def tokenize(self, request: Request) -> Response:
         fields, door = await self._fields(request), self._session.door
@@ -147,44 +166,51 @@ class Routes:
         return JSONResponse({"version": tritium.__version__})
 
     async def refuse(self, request: Request, error: Exception) -> Response:
-        """Any failure as OpenAI's error object."""
-        status, body = error_body(error)
+        """Any failure as the error object of the door."""
+        self._note_error(error, request.scope)
+        return error_response(error, request.scope)
+
+    def _note_error(self, error: Exception, scope: Scope) -> None:
+        status, caller = status_of(error), caller_of(scope)
         if status >= 500 and not isinstance(error, TritiumError):
-            log.error("internal error in %s", request.url.path, exc_info=error)
-        self._metrics.http_error(status)
-        return JSONResponse(body, status_code=status)
+            log.error("internal error in %s (request %s)", scope["path"], caller.request_id, exc_info=error)
+        caller.notes["error"] = str(error)
+        self._metrics.error(status, code_of(error))
 
-    def _answer(self, events: AsyncGenerator[Event, None], shape: Shape, body: protocol.SamplingFields, model: str,
-                n: int) -> Response:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        envelope, tally = Envelope(shape, model, include_usage=include_usage), Tally(n)
-        if body.stream:
-            return Answered(lambda send: self._stream(events, shape, envelope, tally, send))
-        return Answered(lambda send: _whole(events, shape, envelope, tally, send))
+    def _answer(self, events: AsyncGenerator[Event, None], writer: Writer, request: Request, *, stream: bool | None
+                ) -> Response:
+        scope = request.scope
+        if stream:
+            return Answered(lambda send: self._stream(events, writer, scope, send))
+        return Answered(lambda send: _whole(events, writer, scope, send))
 
-    async def _stream(self, events: AsyncGenerator[Event, None], shape: Shape, envelope: Envelope, tally: Tally,
-                      send: Send) -> None:
+    async def _stream(self, events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
         """Server-sent events. The status waits for the first event, so that what is refused is refused with 400."""
         async with aclosing(events):
             event = await anext(events)
             await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
             try:
                 while True:
-                    tally.add(event)
-                    if text := envelope.chunks(shape.deltas(event)):
+                    if text := writer.add(event):
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                    self._metrics.sent(event)
                     event = await anext(events)
             except StopAsyncIteration:
-                last = envelope.end(tally.body())
+                last = writer.end()
             except Exception as error:
-                status, error_object = error_body(error)
-                self._metrics.http_error(status)
+                self._note_error(error, scope)
                 log.error("an answer failed midway: %s", error)
-                last = f"data: {convert.dumps(error_object)}\n\ndata: [DONE]\n\n"
+                last = error_event(error, scope["path"])
+            caller_of(scope).notes |= writer.notes()
             await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
     async def _fields(self, request: Request) -> dict[str, Any]:
-        return protocol.parse_json(await self._body(request))
+        try:
+            async with asyncio.timeout(self._settings.patience):
+                body = await self._body(request)
+        except TimeoutError:
+            raise SlowBodyError(f"the body did not come within {self._settings.patience:g} s") from None
+        return protocol.parse_json(body)
 
     async def _body(self, request: Request) -> bytes:
         """The body. One that is too large is still read (up to a point), for a client that has not finished sending
@@ -192,12 +218,13 @@ class Routes:
         pieces, size = [], 0
         async for piece in request.stream():
             size += len(piece)
-            if size <= self._max_body_bytes:
+            if size <= self._settings.max_body_bytes:
                 pieces.append(piece)
             elif size > _DRAINED_BYTES:
                 break
-        if size > self._max_body_bytes:
-            raise BodyTooLargeError(f"the body is larger than {self._max_body_bytes} bytes", hint="send less at once")
+        if size > self._settings.max_body_bytes:
+            raise BodyTooLargeError(f"the body is larger than {self._settings.max_body_bytes} bytes",
+                                    hint="send less at once")
         return b"".join(pieces)
 
     def _check_model(self, name: str | None) -> str:
@@ -211,15 +238,14 @@ class Routes:
                 "parent": None, "max_model_len": self._session.door.max_model_len}
 
 
-async def _whole(events: AsyncGenerator[Event, None], shape: Shape, envelope: Envelope, tally: Tally,
-                 send: Send) -> None:
+async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
     completions: dict[int, Completion] = {}
     async with aclosing(events):
         async for event in events:
-            tally.add(event)
             completions.setdefault(event.index, Completion(event.index, [])).absorb(event)
-    choices = [shape.choice(completions[index]) for index in sorted(completions)]
-    body = convert.dumps(envelope.whole(choices, tally.body())).encode()
+            writer.count(event)
+    body = convert.dumps(writer.whole([completions[index] for index in sorted(completions)])).encode()
+    caller_of(scope).notes |= writer.notes()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
@@ -253,26 +279,6 @@ async def _disconnected(receive: Receive) -> None:
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
-def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    """HTTP status and OpenAI's error object."""
-    status, kind, code, message = 500, "server_error", None, "internal error; see the server's log"
-    if isinstance(error, UnknownModelError):
-        status, kind, code = 404, "invalid_request_error", "model_not_found"
-    elif isinstance(error, BodyTooLargeError):
-        status, kind, code = 413, "invalid_request_error", "body_too_large"
-    elif isinstance(error, RequestError):
-        status, kind = 400, "invalid_request_error"
-        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-    elif isinstance(error, EngineDeadError):
-        status, code = 503, "unavailable"
-    elif isinstance(error, HTTPException):
-        status, kind, message = error.status_code, "invalid_request_error", str(error.detail)
-    if isinstance(error, TritiumError):
-        message = str(error)
-    param = error.param if isinstance(error, RequestError) else None
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises `ConfigError` when the address cannot be had."""
     try:
@@ -287,29 +293,47 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn that ends the answers under way by itself when it is told to stop, instead of tearing them off."""
+    """uvicorn that, told to stop, finishes what runs, refuses what is new, and then leaves."""
 
-    def __init__(self, session: Session, served_model_names: Sequence[str], *, drain_seconds: float = 5.0,
-                 max_body_bytes: int = MAX_BODY_BYTES) -> None:
-        """`drain_seconds`: how long running answers may go on after Ctrl-C or SIGTERM; the rest end in an error."""
-        app = create_app(session, served_model_names, max_body_bytes=max_body_bytes)
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False,
-                                        timeout_graceful_shutdown=int(drain_seconds) + 5))
+    def __init__(self, session: Session, served_model_names: Sequence[str],
+                 settings: ServerSettings | None = None) -> None:
+        self._settings = settings = settings or ServerSettings()
+        protocol_class = type("Protocol", (PatientProtocol,), {"patience": settings.patience})
+        super().__init__(uvicorn.Config(
+            create_app(session, served_model_names, settings), log_level="warning", access_log=False,
+            http=protocol_class, ws="none", timeout_graceful_shutdown=int(settings.drain_seconds) + 5))
         self._session = session
-        self._drain_seconds = drain_seconds
+        self._draining: asyncio.Future[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, a second one leaves at once."""
+        if self._captured_signals:
+            os._exit(128 + sig)  # the engine's process follows by itself
+        self._captured_signals.append(sig)
+        asyncio.get_running_loop().call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        log.warning("finishing what runs (at most %g s); once more to leave at once", self._settings.drain_seconds)
+
+        async def drain() -> None:
+            await self._session.drain(self._settings.drain_seconds)
+            self.should_exit = True
+
+        self._draining = asyncio.ensure_future(drain())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        closing = asyncio.ensure_future(self._session.close(drain_seconds=self._drain_seconds))
+        seconds = 0.0 if self._draining is not None else self._settings.drain_seconds
+        closing = asyncio.ensure_future(self._session.close(drain_seconds=seconds))
         await super().shutdown(sockets)
         await closing
 
 
-def serve(config: EngineConfig, *, host: str = "127.0.0.1", port: int = 8000,
-          served_model_names: Sequence[str] = ()) -> None:
+def serve(config: EngineConfig, settings: ServerSettings) -> None:
     """Load the model and serve it until Ctrl-C or SIGTERM. The port is taken first: loading may take long."""
-    with listen(host, port) as listener:
-        session = Session.load(config)
-        server = Server(session, served_model_names or [config.model])
+    settings.keyring()
+    with listen(settings.host, settings.port) as listener:
+        session = Session.spawn(config, limits=settings.limits)
+        server = Server(session, settings.served_model_names or [config.model], settings)
         name, bound = listener.getsockname()[:2]
         print(f"serving on http://{f'[{name}]' if ':' in name else name}:{bound}", file=sys.stderr, flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn raises what it was stopped by, after all is closed

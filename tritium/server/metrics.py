@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tritium.core import EngineStats, Event, FinishReason
+from tritium.api import Session
+from tritium.core import Event, FinishReason
 
 _GAUGES = {
     "running": "requests_running: Requests that hold pages and a slot",
@@ -28,35 +30,59 @@ _COUNTERS = {
     "steps": "steps: Forward passes",
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.03, 0.1, 1.0)
+_TOKENS = tuple(float(4**i) for i in range(11))
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
 class Metrics:
     """All names begin with `tritium_`. Its own registry, so that two servers in one process do not meet."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, session: Session) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats))
+        self._registry.register(_EngineCollector(session))
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)
         self._tpot = self._histogram(
             "time_per_output_token_seconds", "Mean time per token after the first", _SECONDS_PER_TOKEN)
         self._total = self._histogram("request_duration_seconds", "Arrival to last token", _SECONDS)
-        self._finished = Counter("tritium_requests_finished", "Choices that ended, by reason", ["reason"],
-                                 registry=self._registry)
-        self._errors = Counter("tritium_http_errors", "Requests answered with an error, by HTTP status", ["status"],
-                               registry=self._registry)
+        self._overhead = self._histogram(
+            "server_overhead_seconds", "End of the engine's step to the token handed to the socket", _OVERHEAD_SECONDS)
+        self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a choice that ended", _TOKENS)
+        self._output = self._histogram("request_output_tokens", "Output tokens of a choice that ended", _TOKENS)
+        self._finished = self._counter("requests_finished", "Choices that ended, by reason", "reason")
+        self._errors = self._counter("http_errors", "Requests answered with an error, by HTTP status", "status")
+        self._error_kinds = self._counter("errors", "Errors told to clients, by kind", "kind")
+        self._http = self._counter("http_requests", "HTTP requests, by path and status", "path", "status")
+        self._http_seconds = Histogram("tritium_http_request_seconds", "HTTP requests, whole", ["path"],
+                                       buckets=_SECONDS, registry=self._registry)
 
     def finished(self, reason: FinishReason, event: Event | None) -> None:
         """A `Session` observer."""
         self._finished.labels(reason.value).inc()
-        if event is not None and event.timing is not None:
+        if event is None:
+            return
+        if event.usage is not None:
+            self._prompt.observe(event.usage.prompt_tokens)
+            self._output.observe(event.usage.completion_tokens)
+        if event.timing is not None:
             self._ttft.observe(event.timing.queued)
             self._total.observe(event.timing.total)
             if event.timing.per_output_token is not None:
                 self._tpot.observe(event.timing.per_output_token)
 
-    def http_error(self, status: int) -> None:
+    def sent(self, event: Event) -> None:
+        """A piece of a stream is on its way."""
+        if event.made_at and event.token_ids:
+            self._overhead.observe(time.monotonic() - event.made_at)
+
+    def error(self, status: int, kind: str) -> None:
         self._errors.labels(str(status)).inc()
+        self._error_kinds.labels(kind).inc()
+
+    def http_done(self, path: str, status: int, seconds: float) -> None:
+        """Status 0: the client left before there was one."""
+        self._http.labels(path, str(status)).inc()
+        self._http_seconds.labels(path).observe(seconds)
 
     def render(self) -> bytes:
         """In Prometheus' text format."""
@@ -65,23 +91,33 @@ class Metrics:
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"tritium_{name}", help_text, buckets=buckets, registry=self._registry)
 
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"tritium_{name}", help_text, labels, registry=self._registry)
+
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
+    def __init__(self, session: Session) -> None:
+        self._session = session
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._session.stats()
         for family, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for field, line in table.items():
                 name, _, help_text = line.partition(": ")
                 yield family(f"tritium_{name}", help_text, value=getattr(stats, field))
-        phases = CounterMetricFamily("tritium_step_seconds", "Time in steps, by phase", labels=["phase"])
-        for phase, seconds in stats.seconds.items():
-            phases.add_metric([phase], seconds)
-        yield phases
-        missed = CounterMetricFamily(
-            "tritium_prefix_cache_miss_tokens", "Prompt tokens that had to be computed, by reason", labels=["reason"])
-        for reason, count in stats.prefix_miss_tokens.items():
-            missed.add_metric([reason], count)
-        yield missed
+        yield GaugeMetricFamily("tritium_engine_up", "1 while the engine lives", value=float(self._session.alive))
+        yield CounterMetricFamily("tritium_engine_restarts", "Engines that took a dead one's place",
+                                  value=self._session.restarts)
+        yield _labelled("step_seconds", "Time in steps, by phase", "phase", stats.seconds)
+        yield _labelled("prefix_cache_miss_tokens", "Prompt tokens that had to be computed, by reason", "reason",
+                        stats.prefix_miss_tokens)
+        for name, counts in (("proposed", stats.draft_proposed), ("accepted", stats.draft_accepted)):
+            yield _labelled(f"draft_tokens_{name}", f"Drafts {name}, by position", "position",
+                            {str(i): count for i, count in enumerate(counts)})
+
+
+def _labelled(name: str, help_text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
+    family = CounterMetricFamily(f"tritium_{name}", help_text, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family
