@@ -1,0 +1,466 @@
+"""The prefix cache: what it finds, what it keeps, why it misses; that it changes no token; and how much it saves."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import edit_config, random_checkpoint
+from serving import VOCAB, Logits, again, assemble, mixed_requests, prompt, replace_tokens, request, run, serve
+
+from tritium.api import LLM
+from tritium.cache import PagePool, PrefixCache, SlotPool, may_resume, pages_for
+from tritium.chat import byte_chat_format
+from tritium.config import EngineConfig
+from tritium.core import Request, SamplingParams
+from tritium.draft.proposers import HeadProposer
+from tritium.engine import Engine
+
+# ---- the tree ----------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """A cache, and sequences that are computed and left to it."""
+
+    def __init__(self, pages: int = 100, slots: int = 20, align: int = 1) -> None:
+        self.pages, self.slots = PagePool(pages), SlotPool(slots)
+        self.cache = PrefixCache(self.pages, self.slots, align=align)
+
+    def leave(self, ids: tuple[int, ...], *positions: int, cold: bool = False) -> None:
+        """A request computes `ids` and leaves them, with checkpoints at `positions`."""
+        found = self.cache.match(cut(ids), len(ids) - 1)
+        lease = self.cache.acquire(found)
+        own = pages_for(len(ids)) - found.node.end // 64
+        assert self.cache.make_room(own)
+        table = self.cache.path_pages(found.node) + self.pages.allocate(own)
+        self.cache.settle(lease)
+        self.cache.publish(lease, cut(ids), table, len(ids), tail=True)
+        for position in positions:
+            slot = self.cache.take_slot()
+            assert slot is not None
+            self.cache.attach(lease, cut(ids), position, slot, cold=cold)
+        self.cache.release(lease, table)
+
+    def reuse(self, ids: tuple[int, ...], **options: int) -> int:
+        return self.cache.match(cut(ids), len(ids) - 1, **options).position
+
+
+def cut(ids: tuple[int, ...]):
+    return lambda start, stop: ids[start:stop]
+
+
+def text(count: int, kind: int = 0) -> tuple[int, ...]:
+    return tuple(1000 * kind + i for i in range(count))
+
+
+@pytest.mark.parametrize(("position", "limit", "align", "expected"), [
+    (0, 0, 1, True), (63, 100, 1, True), (101, 100, 1, False), (63, 100, 64, False), (64, 100, 64, True),
+])  # fmt: skip
+def test_the_rule_for_reuse(position: int, limit: int, align: int, expected: bool) -> None:
+    assert may_resume(position, limit, align) is expected
+
+
+def test_the_deepest_checkpoint_with_all_its_kv() -> None:
+    tree = Tree()
+    tree.leave(text(300), 10, 128, 200, 299)
+    assert tree.reuse(text(300)) == 299
+    assert tree.reuse(text(299)) == 200
+    assert tree.reuse(text(250) + text(50, 1)) == 200
+    assert tree.reuse(text(199) + text(50, 1)) == 128
+    assert tree.reuse(text(128) + text(50, 1)) == 128
+    assert tree.reuse(text(127) + text(50, 1)) == 10
+    assert tree.reuse(text(9) + text(50, 1)) == 0
+    assert tree.reuse(text(300), align=64) == 128
+    assert tree.reuse(()) == tree.reuse((0,)) == 0
+
+
+def test_siblings_that_part_within_a_page() -> None:
+    """However many there are, and in whatever order: each finds what it shares."""
+    tree = Tree(pages=200)
+    beginning = text(100)
+    tree.leave((*beginning, 5), 100)
+    for i in range(40):
+        ids = (*beginning, 5000 + 37 * i % 41, i)
+        assert tree.reuse(ids) == 100
+        tree.leave(ids)
+    assert tree.cache.num_pages == 1 + 41
+    found = tree.cache.match(cut((*beginning, 5037, 99)), 102)
+    assert (found.kv_length, found.parted) == (101, (1,))
+    assert found.partial is not None
+    assert found.partial.key[:36] == beginning[64:]
+
+
+def test_a_page_that_says_more_replaces_one_that_says_less() -> None:
+    tree = Tree()
+    for length in (70, 90, 128, 80, 200):
+        tree.leave(text(length), length - 1)
+    assert tree.cache.num_pages == tree.pages.num_used == pages_for(200)
+    assert [tree.reuse(text(n)) for n in (70, 80, 90, 128, 200)] == [69, 79, 89, 127, 199]
+
+
+def test_pages_go_from_the_leaves_up_and_take_their_checkpoints_along() -> None:
+    tree = Tree(pages=4)
+    tree.leave(text(128), 64, 128)
+    tree.leave(text(128, 1), 64, 128)
+    assert tree.cache.make_room(1)
+    assert tree.reuse(text(200)) == 64
+    assert tree.reuse(text(200, 1)) == 128
+    assert tree.slots.num_used == tree.cache.num_checkpoints == 3
+    assert tree.cache.make_room(2)
+    assert tree.reuse(text(200)) == 0
+
+
+def test_nothing_in_use_is_evicted() -> None:
+    tree = Tree(pages=4, slots=2)
+    tree.leave(text(130), 130)
+    found = tree.cache.match(cut(text(200)), 199)
+    lease = tree.cache.acquire(found)
+    assert not tree.cache.make_room(2)
+    assert tree.cache.take_slot() is not None
+    assert tree.cache.take_slot() is None
+    assert tree.reuse(text(200)) == 130
+    tree.cache.settle(lease)
+    assert tree.cache.make_room(2)
+    assert tree.reuse(text(200)) == 0
+    assert not tree.cache.make_room(3), "two full pages are still read"
+    tree.cache.release(lease, ())
+    assert tree.cache.make_room(4)
+
+
+def test_the_least_recently_used_goes_first_and_cold_ones_before() -> None:
+    tree = Tree(slots=3)
+    for kind in range(3):
+        tree.leave(text(70, kind), 69)
+    tree.leave(text(71), cold=True)  # uses 0 again, and only from its checkpoint on
+    tree.cache.settle(tree.cache.acquire(tree.cache.match(cut(text(80)), 79)))
+    tree.leave(text(70, 3), 69)
+    assert [tree.reuse(text(80, kind)) for kind in range(4)] == [69, 0, 69, 69]
+    tree.cache.flush()
+    tree.leave(text(70, 1), 69)
+    tree.leave(text(70, 2), 66, cold=True)
+    tree.leave(text(70, 3), 66, 67)
+    assert [tree.reuse(text(80, kind)) for kind in (1, 2, 3)] == [69, 0, 67]
+
+
+def test_an_evicted_checkpoint_is_handed_on_before_its_slot_is() -> None:
+    tree, seen = Tree(slots=1), []
+    tree.cache.on_evict_checkpoint = lambda checkpoint: seen.append((checkpoint.position, checkpoint.slot))
+    tree.leave(text(70), 69)
+    tree.leave(text(70, 1), 69)
+    assert seen == [(69, 1)]
+
+
+def test_a_miss_is_explained() -> None:
+    tree = Tree(pages=8, slots=4)
+    tree.leave(text(300), 64, 280)
+
+    def why(ids: tuple[int, ...]) -> dict[str, int]:
+        return tree.cache.explain(tree.cache.match(cut(ids), len(ids) - 1), cut(ids), len(ids))
+
+    assert why(text(290, 1)) == {"never_seen": 290}
+    assert why(text(200) + text(100, 1)) == {"parted": 136, "never_seen": 100}
+    assert why(text(281)) == {"never_seen": 1}
+    tree.leave(text(60, 2), *range(57, 61))  # four slots: those of the first are gone
+    assert why(text(290)) == {"checkpoint_evicted": 280, "parted": 9, "never_seen": 1}
+    tree.leave(text(7 * 64, 3))
+    assert why(text(300)) == {"pages_evicted": 256, "never_seen": 44}
+
+
+# ---- identities --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, seed: int) -> Engine:
+    directory = tmp_path_factory.mktemp(request.param)
+    random_checkpoint(
+        directory, moe=request.param == "moe", layer_types="lfl", nk=1, nv=2, heads=2, kv_heads=1, seed=seed
+    )
+    return Engine.load(
+        EngineConfig(
+            model=str(directory),
+            max_num_seqs=32,
+            num_gpu_blocks_override=200,
+            num_checkpoints=64,
+            max_model_len=1024,
+            speculate="mtp:2",
+            show_progress=False,
+        )
+    )
+
+
+def sharing(rng: random.Random, count: int, longest: int = 150) -> list[Request]:
+    """Requests most of which begin like another one, up to some place."""
+    requests = mixed_requests(rng, count, longest)
+    for i, each in enumerate(requests):
+        if i and rng.random() < 0.8:
+            other = rng.choice(requests[:i]).prompt_ids
+            at = rng.choice([len(other), rng.randint(0, len(other))])
+            each.prompt_ids = other[:at] + each.prompt_ids[: rng.randint(1, 40)]
+    return requests
+
+
+def same_bits(got: Logits, want: Logits) -> int:
+    """Checks all logits that both computed; how many the first did not need to."""
+    for position, logits in got.rows.items():
+        assert torch.equal(logits, want.rows[position]), position
+    return len(want.rows) - len(got.rows)
+
+
+def test_on_is_off_to_the_bit(engine: Engine, seed: int) -> None:
+    rng = random.Random(seed)
+    requests = sharing(rng, 24)
+    arrivals = [rng.randrange(60) for _ in requests]
+    on, off = Logits(), Logits()
+    want, _ = serve(engine, again(requests), arrive=lambda i: arrivals[i], observe=off)
+    got, stats = serve(
+        engine, again(requests), budget=96, arrive=lambda i: arrivals[i], observe=on, checkpoints=64
+    )
+    assert got == want
+    assert same_bits(on, off) >= stats.prefix_hit_tokens > 200
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_on_is_off_where_everything_is_evicted_all_the_time(engine: Engine, seed: int, drafts: int) -> None:
+    """Few pages, few slots, preemptions, aborts midway; the same engine three times over."""
+    rng = random.Random(seed + 1)
+    requests = [replace_tokens(r, 70) for r in sharing(rng, 16, longest=120)]
+    want, _ = serve(engine, again(requests))
+    small = assemble(
+        engine, budget=70, pages=8, seqs=6, checkpoints=3, proposer=HeadProposer() if drafts else None,
+        depth=lambda request: drafts,
+    )  # fmt: skip
+    for _ in range(3):
+        arrivals = [rng.randrange(60) for _ in requests]
+        leaves = [rng.choice([None, None, None, rng.randrange(80)]) for _ in requests]
+        got, stats = run(small, again(requests), arrive=arrivals.__getitem__, leave=leaves.__getitem__)
+        assert got == {name: want[name] for name in got}
+        assert len(got) >= sum(leave is None for leave in leaves)
+    assert stats.preemptions >= 5
+    assert stats.prefix_hit_tokens > 0
+    assert stats.prefix_miss_tokens.keys() >= {"never_seen", "pages_evicted"}
+
+
+def test_chats_of_many_turns(engine: Engine, seed: int) -> None:
+    """Every turn is all that was said before and something new, and computes that and the last token before it."""
+    rng = random.Random(seed + 2)
+    chats = [prompt(rng, rng.randint(1, 100)) for _ in range(4)]
+    turns, off = [], Logits()
+    for turn in range(6):
+        asked = [
+            request(f"{turn}/{i}", ids, max_tokens=rng.randint(1, 40), temperature=i % 2, seed=turn)
+            for i, ids in enumerate(chats)
+        ]
+        want, _ = serve(engine, again(asked), observe=off)
+        turns.append((asked, want))
+        chats = [r.prompt_ids + want[r.id][0] + prompt(rng, rng.randint(1, 50)) for r in asked]
+    cached, on, said = assemble(engine, checkpoints=64), Logits(), [1] * 4
+    for asked, want in turns:
+        assert run(cached, asked, observe=on)[0] == want
+        assert [r.num_cached for r in asked] == [length - 1 for length in said]  # its last token was not computed
+        said = [r.num_tokens for r in asked]
+    assert same_bits(on, off) > 1000
+
+
+def test_prompt_logprobs_are_the_same_and_still_feed_the_cache(engine: Engine, seed: int) -> None:
+    ids = prompt(random.Random(seed + 3), 200)
+    cached = assemble(engine, checkpoints=8)
+    told = []
+    for _ in range(2):
+        cached.add(each := request("told", ids, prompt_logprobs=2, max_tokens=1))
+        [event] = cached.step()
+        told.append(event.prompt_logprobs)
+        assert each.num_cached == 0
+    assert told[0] == told[1]
+    assert len(told[0]) == 199
+    run(cached, [after := request("after", ids)])
+    assert after.num_cached == 199
+
+
+def test_those_that_arrive_together_compute_what_they_share_once(engine: Engine, seed: int) -> None:
+    rng = random.Random(seed + 4)
+    shared, other = prompt(rng, 300), prompt(rng, 100)
+    requests = [request(f"r{i}", shared + prompt(rng, 20)) for i in range(8)]
+    requests.insert(1, request("other", other))
+    counted: list[int] = []
+    got, stats = serve(
+        engine, again(requests), budget=128, checkpoints=16, observe=lambda plan, _: counted.append(plan.num_tokens)
+    )
+    assert got == serve(engine, again(requests))[0]
+    assert stats.prefix_hit_tokens >= 7 * (300 - 64)  # up to 64 tokens are not worth waiting for
+    assert sum(counted) == stats.prompt_tokens - stats.prefix_hit_tokens + 9 * 7
+
+
+def test_one_that_shares_nothing_overtakes_those_that_wait(engine: Engine, seed: int) -> None:
+    rng = random.Random(seed + 5)
+    shared = prompt(rng, 400)
+    requests = [request("first", shared), request("second", shared), request("stranger", prompt(rng, 10))]
+    order: list[str] = []
+    run(
+        assemble(engine, budget=100, checkpoints=8), requests,
+        observe=lambda plan, _: order.extend(row.request_id for row in plan.rows if row.request_id not in order),
+    )  # fmt: skip
+    assert order == ["first", "stranger", "second"] or order == ["first", "second", "stranger"]
+    assert requests[1].num_cached == 399
+
+
+def test_the_log_names_the_token_where_prompts_part(
+    engine: Engine, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = prompt(random.Random(seed + 6), 100)
+    cached = assemble(engine, checkpoints=8)
+    cached.show_tokens_as(lambda tokens: "".join(f"<{token}>" for token in tokens))
+    run(cached, [request("before", ids)])
+    changed = [*ids[:80], (ids[80] + 1) % VOCAB, *ids[81:]]
+    with caplog.at_level(logging.DEBUG, logger="tritium.cache"):
+        run(cached, [request("drifted", changed)])
+    [record] = caplog.records
+    line = record.getMessage()
+    assert "drifted: 36 of 100 tokens reused; token 80 is the first that differs from the nearest" in line
+    assert f"'<{changed[80]}><{ids[81]}>" in line
+    assert f"there it was '<{ids[80]}><{ids[81]}>" in line
+
+
+# ---- how much it saves -------------------------------------------------------------------------------------------
+
+CHAT = byte_chat_format()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Engine:
+    """As small as the family gets, with a long context and a token a byte."""
+    directory = tmp_path_factory.mktemp("tiny")
+    random_checkpoint(directory, layer_types="lf", vocab=CHAT.tokenizer.vocab_size, mtp=False, seed=seed)
+    edit_config(directory, max_position_embeddings=16384)
+    return load(directory)
+
+
+def load(directory: Path, **options: object) -> Engine:
+    return Engine.load(
+        EngineConfig(
+            model=str(directory), max_num_seqs=64, max_num_batched_tokens=1024, num_gpu_blocks_override=1500,
+            show_progress=False, **options,  # type: ignore[arg-type]
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def llm(tiny: Engine) -> LLM:
+    """Over the tiny engine, with nothing cached."""
+    tiny.scheduler.reuse.cache.flush()
+    return LLM.over(tiny, CHAT)
+
+
+def ids_of(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(256) for _ in range(count)]
+
+
+def computed(llm: LLM, *prompts: list[int]) -> list[int]:
+    """Prompt tokens that each, asked at once, is not told to be cached."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    usages = [completion.usage for completion in llm.generate(list(prompts), sampling)]
+    return [usage.prompt_tokens - usage.cached_tokens for usage in usages]
+
+
+def test_a_prompt_and_a_short_suffix(llm: LLM, seed: int) -> None:
+    prompt_ids = ids_of(random.Random(seed), 777)
+    assert computed(llm, prompt_ids) == [777]
+    assert computed(llm, prompt_ids) == [1]
+    assert computed(llm, prompt_ids + [1, 2, 3]) == [3]
+
+
+def test_two_thousand_prompts_of_370_tokens_that_share_369(llm: LLM, seed: int) -> None:
+    rng = random.Random(seed)
+    shared = ids_of(rng, 369)
+    before = llm.stats()
+    counts = computed(llm, *([*shared, rng.randrange(256)] for _ in range(2000)))
+    assert sum(counts) <= 0.02 * 2000 * 370
+    after = llm.stats()
+    assert after.prefix_hit_tokens - before.prefix_hit_tokens == 2000 * 370 - sum(counts)
+    assert sum(after.prefix_miss_tokens.values()) - sum(before.prefix_miss_tokens.values()) == sum(counts)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_a_long_prefix_with_suffixes_that_part(llm: LLM, seed: int, together: bool) -> None:
+    rng = random.Random(seed)
+    shared = ids_of(rng, 6476)
+    prompts = [shared + ids_of(rng, count) for count in (40, 376, 1296)]
+    counts = computed(llm, *prompts) if together else [computed(llm, each)[0] for each in prompts]
+    assert counts[0] == 6516
+    for ids, count in zip(prompts[1:], counts[1:], strict=True):
+        assert len(ids) - count >= 0.98 * 6476
+
+
+def test_choices_of_one_prompt(llm: LLM, seed: int) -> None:
+    sampling = SamplingParams(n=4, seed=seed, max_tokens=2)
+    usages = [c.usage for c in llm.generate([ids_of(random.Random(seed), 500)], sampling)]
+    assert [usage.cached_tokens for usage in usages] == [0, 499, 499, 499]
+
+
+def conversation(rng: random.Random, turns: int) -> list[list[dict[str, object]]]:
+    """The messages of each request of a chat with tools: an answer calls a tool twice of three times, and thinks."""
+    def words(count: int) -> str:
+        return " ".join(rng.choice(("sun", "moon", "river", "stone", "wind")) for _ in range(count))
+
+    messages: list[dict[str, object]] = [
+        {"role": "system", "content": words(40)}, {"role": "user", "content": words(20)}
+    ]  # fmt: skip
+    requests = []
+    for turn in range(turns):
+        requests.append(list(messages))
+        answer: dict[str, object] = {"role": "assistant", "content": words(8), "reasoning_content": words(12)}
+        if turn % 3 < 2:
+            call = {"name": "look", "arguments": {"where": words(3)}}
+            messages.append(answer | {"tool_calls": [{"id": f"c{turn}", "type": "function", "function": call}]})
+            messages.append({"role": "tool", "tool_call_id": f"c{turn}", "content": words(15)})
+        else:
+            messages += [answer, {"role": "user", "content": words(10)}]
+    return requests
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Looks somewhere",
+            "parameters": {"type": "object", "properties": {"where": {"type": "string"}}},
+        },
+    }
+]
+
+
+def common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def test_a_chat_with_tools_of_thirty_turns(tiny: Engine, shared_data: Path, seed: int) -> None:
+    """Rendered by the family's own template, which drops what the model thought once the user speaks again."""
+    llm = LLM.over(tiny, byte_chat_format((shared_data / "qwen3.5-chat-template.jinja").read_text()))
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    seen: list[list[int]] = [[]]
+
+    def turn(messages: list[dict[str, object]]) -> None:
+        [answer] = llm.chat(messages, sampling, tools=TOOLS)
+        new = len(answer.prompt_ids) - max(common(answer.prompt_ids, ids) for ids in seen)
+        assert answer.usage.prompt_tokens - answer.usage.cached_tokens <= new + 64
+        seen.append(answer.prompt_ids + answer.token_ids)
+
+    requests = conversation(random.Random(seed), 30)
+    for messages in requests:
+        turn(messages)
+    turn(requests[-1])  # once more
+    turn([*requests[-1][:-1], requests[-1][-1] | {"content": "Something else, then."}])
+    turn(requests[12])  # back to an earlier place
+
+
+def test_without_it_nothing_is_reused(tmp_path: Path, seed: int) -> None:
+    random_checkpoint(tmp_path, layer_types="lf", vocab=CHAT.tokenizer.vocab_size, seed=seed)
+    engine = load(tmp_path, enable_prefix_caching=False)
+    assert engine.memory_plan.num_checkpoints == 0
+    ids = ids_of(random.Random(seed), 100)
+    assert computed(LLM.over(engine, CHAT), ids, ids, ids) == [100, 100, 100]
+    stats = engine.stats()
+    assert (stats.prefix_hit_tokens, stats.pages_cached, stats.checkpoints) == (0, 0, 0)
