@@ -14,9 +14,19 @@ from typing import Any
 from tritium.api.answer import Answer
 from tritium.api.drive import EngineFacts
 from tritium.api.engine_core import EngineCore
-from tritium.chat import ChatFormat, images_in, load_chat
+from tritium.chat import (
+    AnswerFormat,
+    ChatFormat,
+    Grammars,
+    ToolRules,
+    answer_grammar,
+    check_tools,
+    ends_in_think,
+    images_in,
+    load_chat,
+)
 from tritium.config import EngineConfig
-from tritium.core import Request, RequestError, SamplingParams
+from tritium.core import AnswerRules, Request, RequestError, SamplingParams
 
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
@@ -41,6 +51,11 @@ class TextOptions:
     include_stop_str_in_output: bool = False
     chat: bool = False
     tools: object = None
+    tool_rules: ToolRules = dataclasses.field(default_factory=ToolRules)
+    form: AnswerFormat | None = None
+    """What the answer must be; beside tools, unless it is a call."""
+    thinking_budget: int | None = None
+    """Tokens of thought after which it is closed."""
 
 
 class Door:
@@ -55,6 +70,7 @@ class Door:
         self.eos_ids = frozenset(engine.model_config.eos_ids) | _ids(self.generation_defaults.get("eos_token_id"))
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._served = itertools.count()
+        self.grammars = Grammars(chat.tokenizer, self.vocab_size, engine.model_config.eos_ids)
         self._turn_start = chat.tokenizer.token_id("<|im_start|>")
 
     def default_sampling(self, **overrides: Any) -> SamplingParams:
@@ -138,17 +154,19 @@ class Door:
                                f"and one request may ask for {MAX_CHOICES}", param=param)
         for ids in prompts:
             self._check_length(len(ids), sampling, param)
+        grammar = self._grammar(sampling, options)
         return [
-            self._answer(ids, i * sampling.n + j, _wrap(seed + j), sampling, options, priority)
+            self._answer(ids, i * sampling.n + j, _wrap(seed + j), sampling, options, priority, rules)
             for i, ids in enumerate(prompts)
+            for rules in [self._rules(ids, grammar, options)]
             for seed in [self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed]
             for j in range(sampling.n)
         ]
 
     def _answer(self, ids: list[int], index: int, seed: int, sampling: SamplingParams, options: TextOptions,
-                priority: int) -> Answer:
+                priority: int, rules: AnswerRules | None) -> Answer:
         request = Request(id=f"r{next(self._served)}", prompt_ids=list(ids), sampling=sampling, seed=seed,
-                          eos_ids=self.eos_ids, priority=priority,
+                          eos_ids=self.eos_ids, priority=priority, rules=rules,
                           turn_starts=tuple(i for i, token in enumerate(ids) if token == self._turn_start))
         text = self.chat.stream(
             prompt=ids if options.chat else (),
@@ -160,6 +178,23 @@ class Door:
             min_tokens=sampling.min_tokens,
         )
         return Answer(request, index, text, keep_stop=options.include_stop_str_in_output)
+
+    def _grammar(self, sampling: SamplingParams, options: TextOptions) -> str | None:
+        """What is to be enforced on the answer after its thought."""
+        tools = check_tools(options.tools) if options.chat else []
+        grammar = answer_grammar(self.grammars, options.form, tools, options.tool_rules)
+        for name in ("min_tokens", "ignore_eos"):
+            if grammar is not None and getattr(sampling, name):
+                raise RequestError(f"{name} does not go with an answer whose form is enforced", param=name)
+        return grammar
+
+    def _rules(self, ids: Sequence[int], grammar: str | None, options: TextOptions) -> AnswerRules | None:
+        thinks = options.chat and ends_in_think(self.chat.decode(ids[-8:], skip_special=False))
+        budget = options.thinking_budget if thinks else None
+        if thinks and (grammar or budget is not None) and self.grammars.end_think is None:
+            raise RequestError("this model's tokenizer has no token for </think>", param="response_format",
+                               hint="turn thinking off")
+        return None if grammar is None and budget is None else AnswerRules(grammar, thinks, budget)
 
     def _encode_text(self, text: str, param: str, add_special: bool) -> list[int]:
         ids = self.chat.encode(text, add_special=add_special)
@@ -201,7 +236,9 @@ def load(config: EngineConfig) -> tuple[EngineCore, Door]:
     engine = Engine.load(config)
     chat = load_format(config, engine.directory)
     engine.show_tokens_as(lambda ids: chat.decode(ids, skip_special=False))
-    return engine, Door(engine, chat, seed=config.seed)
+    door = Door(engine, chat, seed=config.seed)
+    engine.hold_answers_with(door.grammars.constraint)
+    return engine, door
 
 
 def load_engine(config: EngineConfig) -> EngineCore:

@@ -1,9 +1,26 @@
 """Text only: tokenizer, chat template, reasoning, tool calls, stop strings. Never imports torch."""
 
+from tritium.chat.constraint import Grammars
 from tritium.chat.fake import byte_chat_format
 from tritium.chat.format import ChatFormat, load_chat
-from tritium.chat.messages import images_in
+from tritium.chat.grammar import AnswerFormat, ToolRules, answer_grammar
+from tritium.chat.messages import check_tools, images_in
+from tritium.chat.reasoning import ends_in_think
 from tritium.chat.stream import TextDelta, TextStream
 from tritium.chat.tokenizer import Tokenizer
 
-__all__ = ["ChatFormat", "TextDelta", "TextStream", "Tokenizer", "byte_chat_format", "images_in", "load_chat"]
+__all__ = [
+    "AnswerFormat",
+    "ChatFormat",
+    "Grammars",
+    "TextDelta",
+    "TextStream",
+    "Tokenizer",
+    "ToolRules",
+    "answer_grammar",
+    "byte_chat_format",
+    "check_tools",
+    "ends_in_think",
+    "images_in",
+    "load_chat",
+]

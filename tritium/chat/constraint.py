@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import threading
 from collections import OrderedDict
@@ -93,6 +94,12 @@ class Grammars:
             self._without[rest] = mask.to_bytes(self._size, "little")
         return self._without[rest]
 
+    @functools.cached_property
+    def cut(self) -> bytes:
+        """All tokens but the tag that closes a thought, for an answer whose thought was closed for it."""
+        mask = (1 << self.vocab_size) - 1
+        return (mask & ~(1 << self.end_think) if self.end_think else mask).to_bytes(self._size, "little")
+
     def bytes_of(self, token: int) -> bytes:
         return b"" if self.inner.is_special_token(token) else self.inner.decode_bytes([token])
 
@@ -112,6 +119,8 @@ class _State:
     """The end of the thought's text."""
     forced: tuple[int, ...] = ()
     """What must come next."""
+    cut: bool = False
+    """Whether the budget closed the thought."""
     matched: bool = False
     """Whether the matcher took this token."""
     astray: bool = False
@@ -190,7 +199,7 @@ class AnswerConstraint:
         budget = self._rules.thinking_budget
         if not state.thinking or budget is None or state.thought < budget:
             return state
-        return _State(False, forced=tuple(self._grammars.tokenizer.encode(_CLOSE)))
+        return _State(False, forced=tuple(self._grammars.tokenizer.encode(_CLOSE)), cut=True)
 
     def _gap(self) -> tuple[int, ...]:
         """What stands between a thought and an answer under a grammar."""
@@ -202,7 +211,7 @@ class AnswerConstraint:
         if state.forced:
             return self._grammars.only(state.forced[0])
         if self._matcher is None:
-            return None
+            return self._grammars.cut if state.cut else None
         return self._grammars.thought(state.tail) if state.thinking else self._matcher.compute_bitmask()
 
 

@@ -7,7 +7,7 @@ comes back.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,36 +59,43 @@ class ToolRules:
     """Whether there may be several calls."""
 
 
-def answer_grammar(form: AnswerFormat, grammars: Grammars) -> str:
-    """Checked and compiled. Raises `RequestError` saying what cannot be held."""
-    from llguidance import LLMatcher, grammar_from
+def answer_grammar(
+    grammars: Grammars,
+    form: AnswerFormat | None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    rules: ToolRules | None = None,
+) -> str | None:
+    """Of an answer of that form, of a call of checked `tools`, or of either; None where nothing is to be enforced: no
+    form, no call required, several allowed, and no tool strict. Compiled already.
 
-    value, param = form.value, form.param
-    check_size(value, param)
-    if form.kind == "json":
-        return _schema_grammar(value, param, grammars)
+    Raises `RequestError` saying what cannot be held."""
+    if not tools:
+        return None if form is None else _format_grammar(form, grammars)
+    functions, rules = [tool["function"] for tool in tools], rules or ToolRules()
+    must = rules.required or rules.name is not None
+    if not (form or must or not rules.parallel or any(f.get("strict") for f in functions)):
+        return None
+    if form is None or must:
+        said = "said: SAID\nSAID: /(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
+    elif form.kind == "grammar":
+        raise RequestError(f"{form.param}: a grammar does not go with tools", param=form.param)
+    else:
+        _format_grammar(form, grammars)
+        said = f"said: {_format_rule(form)}"
+    calls, lines = _call_rules(functions, rules, grammars)
+    start = calls if must else f"said | {calls}" if form else f"said? ({calls})?"
+    grammar = "\n".join([f"start: {start}", *([] if must else [said]), *lines])
     try:
-        if form.kind == "regex":
-            grammar = LLMatcher.grammar_from_regex(_string(value, param))
-        elif form.kind == "grammar":
-            grammar = grammar_from("grammar", _string(value, param))
-        else:
-            if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-                raise RequestError(f"{param} must be a list of strings", param=param)
-            grammar = LLMatcher.grammar_from_lark("start: " + " | ".join(_quote(_string(v, param)) for v in value))
         grammars.compile(grammar)
-    except (RequestError, ValueError) as error:
-        message = error.message if isinstance(error, RequestError) else str(error).splitlines()[0]
-        raise RequestError(message if message.startswith(param) else f"{param}: {message}", param=param) from None
+    except RequestError as error:
+        raise RequestError(f"tools: {error.message}", param="tools") from None
     return grammar
 
 
-def tool_grammar(tools: Sequence[Mapping[str, Any]], rules: ToolRules, grammars: Grammars) -> str | None:
-    """Of an answer that may, or must, call checked `tools`; None where nothing is to be enforced: no call is required,
-    there may be several, and no tool is strict."""
-    functions = [tool["function"] for tool in tools]
-    if not (rules.required or rules.name or not rules.parallel or any(f.get("strict") for f in functions)):
-        return None
+def _call_rules(
+    functions: Sequence[Mapping[str, Any]], rules: ToolRules, grammars: Grammars
+) -> tuple[str, list[str]]:
+    """-> (the calls of an answer, the rules that this needs)."""
     tags = [grammars.tokenizer.token_id(tag) for tag in (TOOL_CALL, END_TOOL_CALL)]
     if None in tags:
         raise RequestError("calls cannot be enforced: the tokenizer has no token for <tool_call>", param="tool_choice")
@@ -99,16 +106,40 @@ def tool_grammar(tools: Sequence[Mapping[str, Any]], rules: ToolRules, grammars:
         if rules.name in (None, function["name"]):
             lines += _Function(i, function, grammars).lines()
             names.append(f"f{i}")
-    call = f"call: <[{tags[0]}]> ({' | '.join(names)}) <[{tags[1]}]>"
     calls = 'call ("\\n" call)*' if rules.parallel and rules.name is None else "call"
-    start = f"start: {calls}" if rules.required or rules.name else f"start: said? ({calls})?"
-    said = r"said: SAID" + "\n" + r"SAID: /(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
-    grammar = "\n".join([start, *([] if rules.required or rules.name else [said]), call, *lines])
+    return calls, [f"call: <[{tags[0]}]> ({' | '.join(names)}) <[{tags[1]}]>", *lines]
+
+
+def _format_grammar(form: AnswerFormat, grammars: Grammars) -> str:
+    """The grammar of a form alone, compiled."""
+    from llguidance import grammar_from
+
+    value, param = form.value, form.param
+    check_size(value, param)
+    if form.kind == "json":
+        return _schema_grammar(value, param, grammars)
+    if form.kind == "choice" and (not isinstance(value, list) or not value):
+        raise RequestError(f"{param} must be a list of strings", param=param)
+    for text in value if form.kind == "choice" else [value]:
+        if not isinstance(text, str):
+            raise RequestError(f"{param} must be a string, got {type(text).__name__}", param=param)
     try:
+        grammar = grammar_from("grammar", value) if form.kind == "grammar" else f"start: {_format_rule(form)}"
         grammars.compile(grammar)
-    except RequestError as error:
-        raise RequestError(f"tools: {error.message}", param="tools") from None
+    except (RequestError, ValueError) as error:
+        raise RequestError(f"{param}: {_message(error)}", param=param) from None
     return grammar
+
+
+def _format_rule(form: AnswerFormat) -> str:
+    """The right side of a rule."""
+    from llguidance import regex_to_lark
+
+    if form.kind == "json":
+        return f"%json {json.dumps({**_as_object(form.value), 'x-guidance': _STYLE})}"
+    if form.kind == "regex":
+        return f"/{regex_to_lark(form.value)}/"
+    return " | ".join(_quote(text) for text in form.value)
 
 
 class _Function:
@@ -250,32 +281,41 @@ def _schema_grammar(schema: Any, param: str, grammars: Grammars, *, lenient: boo
 
     if not isinstance(schema, (dict, bool)):
         raise RequestError(f"{param} must be a JSON schema, got {type(schema).__name__}", param=param)
-    style = _LENIENT if lenient else _STYLE
 
-    def grammar_of(part: Any) -> str:
-        body = {"anyOf": [part]} if isinstance(part, bool) else part
-        return LLMatcher.grammar_from_json_schema(json.dumps(body), overrides=style)  # type: ignore[arg-type]
+    def compiled(part: Any) -> str:
+        body = json.dumps(_as_object(part))
+        grammar = LLMatcher.grammar_from_json_schema(body, overrides=_LENIENT if lenient else _STYLE)  # type: ignore
+        grammars.compile(grammar)
+        return grammar
 
     try:
-        grammars.compile(grammar := grammar_of(schema))
+        return compiled(schema)
     except (RequestError, ValueError) as error:
-        path, message = _culprit(schema, schema, error, lambda part: grammars.compile(grammar_of(part)))
+        path, message = _culprit(schema, schema, error, compiled)
         raise RequestError(f"{'.'.join([param, *path])}: {message}", param=param,
                            hint="leave it out, or check it in the client") from None
-    return grammar
 
 
-def _culprit(schema: Any, root: Any, error: Exception, compiles: Any) -> tuple[list[str], str]:
+def _culprit(schema: Any, root: Any, error: Exception, compiled: Callable[[Any], str]) -> tuple[list[str], str]:
     """The innermost part of a schema that does not compile by itself, and why."""
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in _mapping(root)}
     for path, part in _parts(schema):
-        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
         try:
-            compiles({**shared, **part})
+            compiled({**part, **(shared if path[0] not in shared else {})})
         except (RequestError, ValueError) as inner:
-            below, message = _culprit(part, root, inner, compiles)
-            if below or str(inner) == str(error) or not shared:
+            if path[0] in shared or _message(inner) == _message(error):
+                below, message = _culprit(part, root, inner, compiled)
                 return [*path, *below], message
-    return [], error.message if isinstance(error, RequestError) else str(error).splitlines()[0]
+    return [], _message(error)
+
+
+def _message(error: Exception) -> str:
+    return error.message if isinstance(error, RequestError) else str(error).splitlines()[0]
+
+
+def _as_object(schema: Any) -> Any:
+    """A schema with room for options: `true` and `false` as the member of a union."""
+    return {"anyOf": [schema]} if isinstance(schema, bool) else schema
 
 
 def _parts(schema: Any) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
@@ -307,12 +347,6 @@ def check_size(value: Any, param: str) -> None:
 
 def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _string(value: Any, param: str) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"{param} must be a string, got {type(value).__name__}", param=param)
-    return value
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tritium.cache import PagePool, PrefixCache, SlotPool
 from tritium.config import MAX_DRAFTS, EngineConfig, Speculation
-from tritium.core import ConfigError, EngineStats, Request, TokenEvent
+from tritium.core import ConfigError, Constrain, EngineStats, Request, TokenEvent
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
 from tritium.engine.memory_plan import MemoryPlan, plan_memory
 from tritium.models.config import ModelConfig
@@ -121,6 +121,10 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """Ends a request at once and gives back all it holds; False when it is not (or no longer) known."""
         return self.scheduler.abort(request_id)
+
+    def hold_answers_with(self, constrain: Constrain) -> None:
+        """What makes constraints of requests' rules; without it requests that have rules are refused."""
+        self.scheduler.constrain = constrain
 
     def show_tokens_as(self, text_of: Callable[[Sequence[int]], str]) -> None:
         """How logs write token ids; without it, as numbers."""
