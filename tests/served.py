@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import anthropic
 import httpx
 import openai
 
@@ -56,6 +57,10 @@ class Served:
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    @property
+    def anthropic(self) -> anthropic.Anthropic:
+        return anthropic.Anthropic(base_url=self.url, api_key="none", max_retries=0, timeout=20)
 
     def post(self, path: str, body: object = None, **options) -> httpx.Response:
         return httpx.post(self.url + path, timeout=20, **({"json": body} if body is not None else options))

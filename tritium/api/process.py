@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _BACK_OFF = (0.1, 30.0)
 """Seconds before the first restart, and the most; doubled each time, until an engine has lived that long."""
 _PATIENCE = 5.0
+_MAIN = f"import sys; from {__name__} import main; main(int(sys.argv[1]))"
 
 
 class EngineProcess:
@@ -107,7 +108,7 @@ class _Child:
         # The child finds the same modules, and none of what else the parent has open.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
-            self.process = subprocess.Popen([sys.executable, "-m", __name__, str(theirs.fileno())],
+            self.process = subprocess.Popen([sys.executable, "-c", _MAIN, str(theirs.fileno())],
                                             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         self._connection = Connection(ours.detach())
         self.outbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -198,9 +199,3 @@ def _hear(connection: Connection, commands: queue.SimpleQueue[Command]) -> None:
             commands.put(connection.recv())
     except (EOFError, OSError):
         os._exit(0)  # nobody is left to serve; the engine may be in the middle of a long step
-
-
-if __name__ == "__main__":
-    from tritium.api.process import main as child  # under the name that pickles know
-
-    child(int(sys.argv[1]))

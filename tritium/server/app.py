@@ -23,7 +23,7 @@ import tritium
 from tritium.api import Completion, Session
 from tritium.config import EngineConfig
 from tritium.core import ConfigError, Event, TritiumError
-from tritium.server import convert, protocol
+from tritium.server import convert, messages, protocol, responses
 from tritium.server.convert import ChatShape, CompletionShape
 from tritium.server.errors import (
     BodyTooLargeError,
@@ -60,6 +60,9 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
     endpoints: dict[str, Callable[..., Awaitable[Response]]] = {
         "POST /v1/chat/completions": routes.chat,
         "POST /v1/completions": routes.completions,
+        "POST /v1/responses": routes.responses,
+        "POST /v1/messages": routes.messages,
+        "POST /v1/messages/count_tokens": routes.count_tokens,
         "POST /tokenize": routes.tokenize,
         "POST /detokenize": routes.detokenize,
         "GET /v1/models": routes.models,
@@ -106,12 +109,31 @@ class Routes:
             sampling,
             tools=convert.offered_tools(body),
             add_generation_prompt=body.add_generation_prompt,
-            template_kwargs=body.chat_template_kwargs,
-            options=convert.text_options(body),
+            template_kwargs=convert.template_kwargs(body, self._session.door),
+            options=convert.chat_options(body),
             priority=body.priority,
             key=caller_of(request.scope).key,
         )
         return events, Call(model, sampling.n)
+
+    async def responses(self, request: Request) -> Response:
+        body = protocol.parse(responses.ResponsesRequest, await self._fields(request))
+        events, call = self._chat(protocol.parse(protocol.ChatRequest, responses.chat_fields(body)), request)
+        return self._answer(events, responses.ResponsesWriter(body, call.model), request, stream=body.stream)
+
+    async def messages(self, request: Request) -> Response:
+        body = protocol.parse(messages.MessagesRequest, await self._fields(request))
+        events, call = self._chat(protocol.parse(protocol.ChatRequest, messages.chat_fields(body)), request)
+        return self._answer(events, messages.MessagesWriter(call.model), request, stream=body.stream)
+
+    async def count_tokens(self, request: Request) -> Response:
+        body = protocol.parse(messages.CountRequest, await self._fields(request))
+        chat = protocol.parse(protocol.ChatRequest, messages.chat_fields(body))
+        self._check_model(chat.model)
+        ids = await asyncio.to_thread(
+            self._session.door.encode_chat, chat.messages, convert.offered_tools(chat),
+            template_kwargs=chat.chat_template_kwargs)
+        return JSONResponse({"input_tokens": len(ids)})
 
     async def completions(self, request: Request) -> Response:
         body = protocol.parse(protocol.CompletionRequest, await self._fields(request))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tritium.api import Completion
-from tritium.core import Event, Usage
+from tritium.core import Event
 from tritium.server.convert import Envelope, Shape, Tally
 from tritium.server.protocol import StreamOptions
 
@@ -65,7 +65,3 @@ class OpenAIWriter:
     def notes(self) -> dict[str, Any]:
         body = self._tally.body()
         return {name: body[name] for name in ("prompt_tokens", "completion_tokens")}
-
-
-def usage_notes(usage: Usage) -> dict[str, Any]:
-    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}

@@ -1,0 +1,99 @@
+"""Answers as typed blocks (thought, text, call), which is how Anthropic's and OpenAI's newer doors write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard
+
+from tritium.api import Completion
+from tritium.core import Event, FinishReason, RequestError, Usage
+from tritium.server.convert import dumps
+
+Kind = Literal["thinking", "text", "call"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a block. A call's first piece has its id and name; its text is JSON."""
+
+    kind: Kind
+    text: str
+    id: str = ""
+    name: str = ""
+
+
+def pieces(event: Event) -> Iterator[Piece]:
+    """What an event adds, in the order in which a model writes it."""
+    if event.reasoning:
+        yield Piece("thinking", event.reasoning)
+    if event.text:
+        yield Piece("text", event.text)
+    for call in event.tool_calls:
+        yield Piece("call", dumps(call.arguments), call.id, call.name)
+
+
+def blocks(done: Completion) -> list[Piece]:
+    """A whole answer."""
+    event = Event(text=done.text, reasoning=done.reasoning, tool_calls=tuple(done.tool_calls))
+    return list(pieces(event))
+
+
+class Final:
+    """How the one choice of an answer ended."""
+
+    def __init__(self) -> None:
+        self.usage = Usage(0, 0)
+        self.reason: FinishReason | None = None
+        self.stop: str | int | None = None
+
+    def take(self, event: Event) -> None:
+        if event.finish_reason is not None:
+            self.reason, self.stop = event.finish_reason, event.stop_reason
+            self.usage = event.usage or self.usage
+
+    def notes(self) -> dict[str, Any]:
+        return {"prompt_tokens": self.usage.prompt_tokens, "completion_tokens": self.usage.completion_tokens}
+
+
+def sse(kind: str, body: Mapping[str, Any]) -> str:
+    return f"event: {kind}\ndata: {dumps({'type': kind, **body})}\n\n"
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list)
+
+
+def mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} must be an object", param=where)
+    return value
+
+
+def string(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where} must be a string", param=where)
+    return value
+
+
+def join_text(content: object, where: str, kinds: Sequence[str]) -> str:
+    """The text of a string or of a list of text blocks; None is empty."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not is_list(content):
+        raise RequestError(f"{where} must be a string or a list of blocks", param=where)
+    texts = []
+    for i, block in enumerate(content):
+        at = f"{where}[{i}]"
+        if mapping(block, at).get("type") not in kinds:
+            raise RequestError(f"{at}.type must be {' or '.join(kinds)}, got {block.get('type')!r:.50}",
+                               param=f"{at}.type")
+        texts.append(string(block.get("text"), f"{at}.text"))
+    return "".join(texts)
+
+
+def function_call(call_id: str, name: str, arguments: object) -> dict[str, Any]:
+    """A call in an assistant's message, as chat completions have it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
