@@ -32,6 +32,10 @@ class ChatFormat:
     def has_template(self) -> bool:
         return self._template is not None
 
+    def template_reads(self, name: str) -> bool:
+        """Whether the chat template knows a variable."""
+        return self._template is not None and name in self._template.names
+
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`. A rendered prompt has its special tokens already."""
         return self.tokenizer.encode(text, add_special=add_special)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tritium.chat.tokenizer import one_line
@@ -29,6 +30,8 @@ class ChatTemplate:
         template that does not parse."""
         self._plain = _compile(source, origin)
         self._with_tools = self._plain if tool_source is None else _compile(tool_source, origin)
+        self.names = _names(source) | _names(tool_source or "")
+        """Variables that it reads."""
         self.variables: Mapping[str, Any] = {}
         """Defaults that a call may override (special tokens)."""
 
@@ -86,8 +89,16 @@ class _RefusedError(Exception):
     """What `raise_exception` raises."""
 
 
+def _names(source: str) -> frozenset[str]:
+    return frozenset(find_undeclared_variables(_environment().parse(source)))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+
+
 def _compile(source: str, origin: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = _environment()
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

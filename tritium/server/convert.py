@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 from tritium.api import Completion, Door, TextOptions
+from tritium.chat import AnswerFormat, ToolRules
 from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCall, Usage
 from tritium.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 
@@ -40,7 +42,7 @@ def completion_sampling(request: CompletionRequest, door: Door, longest_prompt: 
 
 def text_options(request: SamplingFields) -> TextOptions:
     return TextOptions(skip_special_tokens=request.skip_special_tokens,
-                       include_stop_str_in_output=request.include_stop_str_in_output)
+                       include_stop_str_in_output=request.include_stop_str_in_output, form=answer_form(request))
 
 
 def check_stream_options(request: SamplingFields) -> None:
@@ -74,15 +76,97 @@ def _token(key: str) -> int:
         raise RequestError(f"logit_bias has the key {key!r}, which is not a token id", param="logit_bias") from None
 
 
+def chat_options(request: ChatRequest) -> TextOptions:
+    return dataclasses.replace(text_options(request), tool_rules=_tool_rules(request),
+                               thinking_budget=request.thinking_token_budget)
+
+
 def offered_tools(request: ChatRequest) -> Any:
     """The tools to offer, as they came; none under tool_choice none."""
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise RequestError(f"tool_choice {json.dumps(choice)} is not supported (only 'auto' and 'none' are)",
-                           param="tool_choice")
-    if choice == "auto" and not request.tools:
+    if request.tool_choice not in (None, "none") and not request.tools:
         raise RequestError("tool_choice needs tools", param="tool_choice")
-    return None if choice == "none" else request.tools
+    return None if request.tool_choice == "none" else request.tools
+
+
+def _tool_rules(request: ChatRequest) -> ToolRules:
+    choice, parallel = request.tool_choice, request.parallel_tool_calls is not False
+    if choice in (None, "none", "auto", "required"):
+        return ToolRules(required=choice == "required", parallel=parallel)
+    try:
+        name = choice["function"]["name"] if choice["type"] == "function" else None
+    except (TypeError, KeyError):
+        name = None
+    if not isinstance(name, str):
+        raise RequestError(f"tool_choice {json.dumps(choice)} is not supported",
+                           param="tool_choice", hint="auto, none, required, or one function by its name")
+    return ToolRules(name=name)
+
+
+def template_kwargs(request: ChatRequest, door: Door) -> dict[str, Any] | None:
+    """chat_template_kwargs, and the effort of reasoning for a template that reads it."""
+    effort, given = request.reasoning_effort, request.chat_template_kwargs
+    if effort is None:
+        return given
+    if door.chat.template_reads("reasoning_effort"):
+        return {"reasoning_effort": effort} | (given or {})
+    if effort == "none" and door.chat.template_reads("enable_thinking"):
+        return {"enable_thinking": False} | (given or {})
+    raise RequestError(f"reasoning_effort {effort!r} is not supported: this model's template knows no effort",
+                       param="reasoning_effort", hint="thinking_token_budget limits the thought, none turns it off")
+
+
+def answer_form(request: SamplingFields) -> AnswerFormat | None:
+    """What the answer must be, whichever field says so."""
+    found = list(_forms(request))
+    if len(found) > 1:
+        raise RequestError(f"{found[0].param} and {found[1].param} both say what the answer must be",
+                           param=found[1].param, hint="send one of them")
+    return found[0] if found else None
+
+
+def _forms(request: SamplingFields) -> Iterator[AnswerFormat]:
+    if request.response_format is not None:
+        yield from _response_format(request.response_format)
+    for kind in _KINDS:
+        if (value := getattr(request, f"guided_{kind}")) is not None:
+            yield _form(kind, value, f"guided_{kind}")
+    given = {} if request.structured_outputs is None else request.structured_outputs
+    if not isinstance(given, dict):
+        raise RequestError("structured_outputs must be an object", param="structured_outputs")
+    for name, value in given.items():
+        where = f"structured_outputs.{name}"
+        if name in _KINDS and value is not None:
+            yield _form(name, value, where)
+        elif name == "json_object" and value is True:
+            yield AnswerFormat("json", {"type": "object"}, where)
+        elif value not in (None, False):
+            raise RequestError(f"{where} is not supported", param=where)
+
+
+_KINDS: tuple[Literal["json", "regex", "choice", "grammar"], ...] = ("json", "regex", "choice", "grammar")
+
+
+def _form(kind: Any, value: Any, param: str) -> AnswerFormat:
+    if kind == "json" and isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RequestError(f"{param} is not valid JSON", param=param) from None
+    return AnswerFormat(kind, value, param)
+
+
+def _response_format(value: Any) -> Iterator[AnswerFormat]:
+    param, kind = "response_format", value.get("type") if isinstance(value, dict) else None
+    if kind == "json_object":
+        yield AnswerFormat("json", {"type": "object"}, param)
+    elif kind == "json_schema":
+        schema = value.get("json_schema")
+        schema = schema.get("schema") if isinstance(schema, dict) else None
+        if not isinstance(schema, dict):
+            raise RequestError("response_format.json_schema.schema must be a JSON schema", param=param)
+        yield AnswerFormat("json", schema, f"{param}.json_schema.schema")
+    elif kind != "text":
+        raise RequestError("response_format.type must be text, json_object or json_schema", param=param)
 
 
 class Tally:

@@ -50,6 +50,12 @@ class SamplingFields(Strict):
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     priority: int = 0
@@ -73,7 +79,11 @@ class Conversation(Strict):
 
 class ChatRequest(Conversation, SamplingFields):
     tool_choice: Any = None
-    """auto or none."""
+    """auto, none, required, or {"type": "function", "function": {"name": ...}}."""
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    """For templates that read it; "none" turns thinking off in any that can."""
+    thinking_token_budget: int | None = Field(default=None, ge=0)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -110,7 +120,6 @@ _SHARED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "store": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
@@ -119,15 +128,13 @@ _SHARED: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "return_token_ids": (False,),
     **dict.fromkeys(
-        ("prompt_logprobs", "allowed_token_ids", "truncate_prompt_tokens", "guided_json", "guided_regex",
-         "guided_choice", "guided_grammar", "structured_outputs", "logit_processors"), ()),
+        ("prompt_logprobs", "allowed_token_ids", "truncate_prompt_tokens", "logit_processors"), ()),
 }
 _UNSUPPORTED: dict[type[BaseModel], dict[str, tuple[Any, ...]]] = {
     CompletionRequest: _SHARED,
     ChatRequest: {
         **_SHARED,
         "add_special_tokens": (False,),
-        "parallel_tool_calls": (True,),
         "modalities": (["text"],),
         "functions": ([],),
         "function_call": ("none",),
@@ -135,8 +142,7 @@ _UNSUPPORTED: dict[type[BaseModel], dict[str, tuple[Any, ...]]] = {
         "echo": (False,),
         "continue_final_message": (False,),
         "include_reasoning": (True,),
-        **dict.fromkeys(("audio", "prediction", "web_search_options", "reasoning_effort", "chat_template",
-                         "documents", "moderation"), ()),
+        **dict.fromkeys(("audio", "prediction", "web_search_options", "chat_template", "documents", "moderation"), ()),
     },
     TokenizeChat: {"continue_final_message": (False,)},
 }
