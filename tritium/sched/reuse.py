@@ -123,6 +123,8 @@ class Reuse:
         """(position, slot) of the checkpoints that a step over [start, stop) is to leave, as far as slots can be had
         that no request uses."""
         share, taken = self._shares[request], []
+        if not share.wanted:
+            return ()
         for position in [p for p in share.wanted if p <= stop]:
             cold = share.wanted.pop(position)
             if position > start and (slot := self.cache.take_slot()) is not None:
