@@ -84,6 +84,10 @@ class Session:
     def alive(self) -> bool:
         return self._error is None
 
+    @property
+    def draining(self) -> bool:
+        return self._closing
+
     def stats(self) -> EngineStats:
         """The engine's numbers as of its last step or command, and what waits outside it."""
         waiting = self.gate.waiting

@@ -178,8 +178,9 @@ class Routes:
         return JSONResponse(self._card(self._check_model(name)))
 
     async def health(self) -> Response:
-        alive = self._session.alive
-        return JSONResponse({"status": "ok" if alive else "dead"}, status_code=200 if alive else 503)
+        session = self._session
+        status = "draining" if session.draining else "ok" if session.alive else "dead"
+        return JSONResponse({"status": status}, status_code=200 if session.alive else 503)
 
     async def metrics_page(self) -> Response:
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
