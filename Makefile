@@ -8,13 +8,15 @@ PYTEST_ARGS ?=
 
 PROBLEM := Mia has 14 apples. She buys 3 bags with 6 apples each and gives 9 apples to Tom. How many apples does Mia have now?
 
-.PHONY: help demo test check lint types layers size gpu clean
+.PHONY: help demo test check lint types layers size soak fuzz gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    ask the embedded model a word problem: its thinking, the answer, the speed"
 	@echo "make test    everything: make check, then the tests (WORKERS=$(WORKERS), PYTEST_ARGS=...)"
 	@echo "make check   lint, types, layers, size"
+	@echo "make soak    ten minutes of every kind of client at a server whose engine is killed now and then"
+	@echo "make fuzz    2,000 and more requests made from the server's OpenAPI document"
 	@echo "make gpu     the tests that need a GPU"
 	@echo "make clean   remove .venv and the caches"
 
@@ -37,6 +39,12 @@ layers: .venv/.dev
 
 size: .venv/.dev
 	$(BIN)/pytest tests/test_house.py -k "size"
+
+soak: .venv/.dev
+	$(BIN)/python tests/chaos.py --seconds 600
+
+fuzz: .venv/.dev
+	$(BIN)/python tests/openapi_fuzz.py --cases 2000
 
 gpu: .venv/.dev
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: torch sees no GPU here")'

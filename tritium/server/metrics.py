@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping
 
@@ -108,6 +109,7 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("tritium_engine_up", "1 while the engine lives", value=float(self._session.alive))
         yield CounterMetricFamily("tritium_engine_restarts", "Engines that took a dead one's place",
                                   value=self._session.restarts)
+        yield GaugeMetricFamily("tritium_server_tasks", "Tasks of the event loop", value=len(asyncio.all_tasks()))
         yield _labelled("step_seconds", "Time in steps, by phase", "phase", stats.seconds)
         yield _labelled("prefix_cache_miss_tokens", "Prompt tokens that had to be computed, by reason", "reason",
                         stats.prefix_miss_tokens)
