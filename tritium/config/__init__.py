@@ -9,6 +9,8 @@ from tritium.core.errors import ConfigError
 MAX_DRAFTS = 8
 """Most drafts that a row verifies in a step."""
 AUTO_DRAFTS = 3
+HEAD_TOKENS = 512
+"""Tokens that the MTP head looks back on, so that a guess costs the same in a long text as in a short one."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

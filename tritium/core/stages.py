@@ -64,6 +64,8 @@ class Request:
     are kept beside it."""
     drafts: tuple[int, ...] = ()
     """Proposed after the last token; verified by the next step."""
+    head_since: int = 0
+    """Position from which the MTP head has followed every token."""
     turn_starts: tuple[int, ...] = ()
     """Positions in the prompt at which a turn of the conversation begins."""
     num_cached: int | None = None
@@ -122,7 +124,9 @@ class RowPlan:
     """Says which tokens may be drawn. It stands before the drafts, until the step is committed."""
     num_drafts: int = 0
     want_drafts: int = 0
-    """How many tokens to propose after what this row samples."""
+    """How many tokens to propose after what this row samples. Without any, the MTP head leaves the row's tokens out."""
+    head_since: int = 0
+    """Position from which the MTP head has followed every token."""
     source: int | None = None
     """Slot that holds the state to start from, when it is not the row's own: a checkpoint, read and left as it is."""
     fold: int = 0
@@ -246,6 +250,18 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a call while it is written. The first of a call has its id and name; the fragments of `arguments`
+    add up to the JSON of `ToolCall.arguments`."""
+
+    index: int
+    """Of the call in its answer, from 0."""
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     prompt_tokens: int
     completion_tokens: int
@@ -264,6 +280,8 @@ class Event:
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    """Calls that are complete; all their deltas came before, or come with them."""
+    tool_deltas: tuple[ToolCallDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tritium.config import HEAD_TOKENS
 from tritium.core import PAGE_TOKENS, RowPlan, StepPlan
 from tritium.models.decoder import Decoder
 from tritium.nn.batch import ForwardBatch, LayerCache
@@ -34,22 +35,41 @@ def propose(
     """At most `want_drafts` guesses of what follows each row of a step.
 
     `hidden_TH`: the target's final-normed hidden states; `tokens[i]`: what row i gained, empty where it did not sample.
-    The head's own KV layer is written for every token that stays, one position a token, in the target's pages.
+    The head's own KV layer is written for every token that stays of the rows that want drafts, one position a token, in
+    the target's pages. It looks back on at most `HEAD_TOKENS` (in whole pages), and on none that it did not follow.
     """
+    out: list[tuple[int, ...]] = [()] * len(plan.rows)
+    followed = [i for i, row in enumerate(plan.rows) if row.want_drafts]
+    if not followed:
+        return out
     spans, rows = batch.spans, plan.rows
-    stay = [len(row.ids) - row.num_drafts + max(0, len(new) - 1) for row, new in zip(rows, tokens, strict=True)]
-    places = [spans.starts[i] + t for i, count in enumerate(stay) for t in range(count)]
+    places: list[int] = []
     following: list[int] = []
-    for row, count, new in zip(rows, stay, tokens, strict=True):
+    stay: dict[int, int] = {}
+    for i in followed:
+        row, new = rows[i], tokens[i]
+        stay[i] = len(row.ids) - row.num_drafts + max(0, len(new) - 1)
+        places += range(spans.starts[i], spans.starts[i] + stay[i])
         # After a row that failed nothing follows: any id keeps the shapes together, and nobody reads it.
-        following += row.ids[1:count] + (row.next_ids or new[-1:] or row.ids[-1:])
-    head = Spans(tuple(stay), spans.contexts, spans.slots, spans.pages, spans.device)
-    hidden_TH = hidden_TH[spans.tensor(places)] if sum(stay) < len(hidden_TH) else hidden_TH
+        following += row.ids[1 : stay[i]] + (row.next_ids or new[-1:] or row.ids[-1:])
+
+    def part(which: Sequence[int], lengths: Sequence[int], contexts: Sequence[int]) -> Spans:
+        back = [max(0, at // PAGE_TOKENS * PAGE_TOKENS - HEAD_TOKENS) for at in contexts]
+        return Spans(
+            tuple(lengths),
+            tuple(contexts),
+            tuple(spans.slots[i] for i in which),
+            tuple(spans.pages[i] for i in which),
+            spans.device,
+            since=tuple(max(rows[i].head_since, first) for i, first in zip(which, back, strict=True)),
+        )
+
+    head = part(followed, list(stay.values()), [spans.contexts[i] for i in followed])
+    hidden_TH = hidden_TH[spans.tensor(places)] if len(places) < len(hidden_TH) else hidden_TH
     hidden_TH = model.draft_hidden(hidden_TH, spans.tensor(following), head, cache)
 
-    out: list[tuple[int, ...]] = [()] * len(rows)
-    going = [i for i, row in enumerate(rows) if row.want_drafts and tokens[i]]
-    hidden_RH = hidden_TH[head.last_R[going]] if going else hidden_TH[:0]
+    going = [i for i in followed if tokens[i]]
+    hidden_RH = hidden_TH[head.last_R[[followed.index(i) for i in going]]] if going else hidden_TH[:0]
     while going:
         sites = [_site(rows[i], tokens[i] + out[i]) for i in going]
         for i, token in zip(going, draw(sites, model.logits(hidden_RH)), strict=True):
@@ -64,13 +84,7 @@ def propose(
         if not on:
             break
         hidden_RH, going = hidden_RH[on], [going[k] for k in on]
-        step = Spans(
-            (1,) * len(going),
-            tuple(at[i] for i in going),
-            tuple(spans.slots[i] for i in going),
-            tuple(spans.pages[i] for i in going),
-            spans.device,
-        )
+        step = part(going, [1] * len(going), [at[i] for i in going])
         hidden_RH = model.draft_hidden(hidden_RH, spans.tensor([out[i][-1] for i in going]), step, cache)
     return out
 

@@ -14,6 +14,7 @@ from typing import Any
 from tritium.cache import PagePool, PrefixCache, SlotPool
 from tritium.config import MAX_DRAFTS, EngineConfig, Speculation
 from tritium.core import ConfigError, Constrain, EngineStats, Request, TokenEvent
+from tritium.draft.depth import DepthPolicy
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
 from tritium.engine.memory_plan import MemoryPlan, plan_memory
 from tritium.models.config import ModelConfig
@@ -38,6 +39,7 @@ class Engine:
         slots: SlotPool,
         directory: Path,
         generation_defaults: Mapping[str, Any],
+        policy: DepthPolicy | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -48,6 +50,7 @@ class Engine:
         self._counts = {"prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
         self._proposed, self._accepted = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
         self._schedule_seconds = 0.0
+        self._policy = policy
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -83,17 +86,18 @@ class Engine:
         pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots + plan.num_checkpoints)
         cache = PrefixCache(pages, slots) if config.enable_prefix_caching else None
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len)
+        policy = DepthPolicy(speculation.most) if speculation.adaptive else None
+        depth = policy.depth if policy else lambda request: speculation.most
         generation = directory / "generation_config.json"
         return cls(
             Runner(model, caches, run_head=speculation.mtp > 0),
-            Scheduler(
-                limits, pages, slots, cache=cache, proposer=proposer, depth=lambda request: speculation.most
-            ),
+            Scheduler(limits, pages, slots, cache=cache, proposer=proposer, depth=depth),
             plan=plan,
             pages=pages,
             slots=slots,
             directory=directory,
             generation_defaults=read_json(generation) if generation.exists() else {},
+            policy=policy,
         )
 
     # --- the loop --------------------------------------------------------------------------------------------
@@ -105,7 +109,11 @@ class Engine:
         self._schedule_seconds += time.perf_counter() - begin
         if plan is None:
             return []
+        begin, head_seconds = time.perf_counter(), self.runner.seconds["draft"]
         result = self.runner.execute(plan)
+        if self._policy:
+            seconds = time.perf_counter() - begin
+            self._policy.observe(plan, result, seconds, self.runner.seconds["draft"] - head_seconds)
         begin = time.perf_counter()
         events = self.scheduler.commit(plan, result)
         self._count(events)

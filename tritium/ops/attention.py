@@ -79,18 +79,19 @@ def reference(
     tokens, heads, dim = q_TND.shape
     q_TGMD = q_TND.view(tokens, groups, heads // groups, dim)
     o_TGMD = torch.empty_like(q_TGMD)
-    for index_BC, pages_BP in spans.cached("attention_tiles", _tiles):
+    for index_BC, pages_BP, positions_BC, since_B in spans.cached("attention_tiles", _tiles):
         # Where a row repeats its last token, the same bits are written to the same place again.
-        o_TGMD[index_BC] = _attend(q_TGMD[index_BC], spans.positions_T[index_BC], pages_BP, k_pages, v_pages).to(
-            q_TND.dtype
-        )
+        o_TGMD[index_BC] = _attend(
+            q_TGMD[index_BC], positions_BC, since_B, pages_BP, k_pages, v_pages
+        ).to(q_TND.dtype)
     gate = sigmoid(gate_TND.to(wide(gate_TND.dtype)))
     return (o_TGMD.view(tokens, heads, dim) * gate).to(q_TND.dtype)
 
 
-def _tiles(spans: Spans) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens [B, C], block tables [B, P]) of what is attended together: decode rows side by side, those with fewer
-    drafts repeating their last token, and longer spans in query tiles."""
+def _tiles(spans: Spans) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(tokens [B, C], block tables [B, P], positions within these [B, C], first position that counts [B]) of what is
+    attended together: decode rows side by side, those with fewer drafts repeating their last token, and longer spans in
+    query tiles. Block tables leave out the pages before the first position that counts."""
     short = sorted((r for r, length in enumerate(spans.lengths) if length <= SHORT), key=lambda r: spans.contexts[r])
     tiles = [(short[i : i + ROW_TILE], 0, SHORT) for i in range(0, len(short), ROW_TILE)]
     for r, length in enumerate(spans.lengths):
@@ -99,15 +100,25 @@ def _tiles(spans: Spans) -> list[tuple[torch.Tensor, torch.Tensor]]:
     out = []
     for rows, first, most in tiles:
         stop = min(first + most, max(spans.lengths[r] for r in rows))
-        index = [[spans.starts[r] + min(i, spans.lengths[r] - 1) for i in range(first, stop)] for r in rows]
-        last = max(spans.contexts[r] + min(stop, spans.lengths[r]) for r in rows)
-        out.append((spans.tensor(index), spans.pages_RP[spans.tensor(rows), : -(-last // PAGE)]))
+        offsets = [[min(i, spans.lengths[r] - 1) for i in range(first, stop)] for r in rows]
+        since = [spans.since[r] if spans.since else 0 for r in rows]
+        skip = [position // PAGE for position in since]
+        at = [[spans.contexts[r] - PAGE * s + i for i in row] for r, s, row in zip(rows, skip, offsets)]
+        count = max(row[-1] for row in at) // PAGE + 1
+        tables = [spans.pages[r][s : s + count] for r, s in zip(rows, skip)]
+        out.append((
+            spans.tensor([[spans.starts[r] + i for i in row] for r, row in zip(rows, offsets)]),
+            spans.tensor([table + (0,) * (count - len(table)) for table in tables]),
+            spans.tensor(at),
+            spans.tensor([position % PAGE for position in since]) if any(s % PAGE for s in since) else None,
+        ))
     return out
 
 
 def _attend(
     q_BCGMD: torch.Tensor,
     positions_BC: torch.Tensor,
+    since_B: torch.Tensor | None,
     pages_BP: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
@@ -135,6 +146,8 @@ def _attend(
         v_PBGSD.masked_fill_(beyond_PBS[:, :, None, :, None], 0.0)
         scores_PBGMS = torch.matmul(q_BGMD, k_PBGSD.transpose(-1, -2))
         hidden_PBMS = key_at_PS[:, None, None] > positions_BM[None, :, :, None]
+        if since_B is not None:
+            hidden_PBMS = hidden_PBMS | (key_at_PS[:, None] < since_B[:, None])[:, :, None]
         scores_PBGMS.masked_fill_(hidden_PBMS[:, :, None], -torch.inf)
         scores = scores_PBGMS.view(p, b * groups, rows, PAGE)
         new_top = torch.maximum(top_BGM, scores.amax(-1).amax(0))

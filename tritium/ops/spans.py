@@ -39,6 +39,8 @@ class Spans:
     """Empty: none, as for drafts and snapshots."""
     drafts: tuple[int, ...] = ()
     snapshots: tuple[tuple[tuple[int, int], ...], ...] = ()
+    since: tuple[int, ...] = ()
+    """First position that a row attends to. Empty: all from 0."""
 
     def __post_init__(self) -> None:
         for name in ("folds", "drafts"):

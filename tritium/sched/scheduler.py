@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tritium.cache import PagePool, PrefixCache, SlotPool, pages_for
+from tritium.config import HEAD_TOKENS
 from tritium.core import (
     PAGE_TOKENS,
     Constrain,
@@ -302,7 +303,9 @@ class Scheduler:
             history=request.ids(0, request.num_tokens) if samples and sampling.uses_penalties else None,
             next_ids=() if samples else request.ids(stop, stop + 1),
             num_drafts=len(drafts),
-            want_drafts=self._depth(request) if samples and self._proposer else 0,
+            # Of a prompt, the head follows what it will look back on.
+            want_drafts=self._depth(request) if self._proposer and stop > request.num_tokens - HEAD_TOKENS else 0,
+            head_since=request.head_since,
             constraint=request.constraint if samples else None,
             source=source,
             fold=request.fold,
@@ -317,6 +320,8 @@ class Scheduler:
         request.num_computed = row.stop - row.num_drafts + accepted
         request.fold = accepted
         request.drafts = out.drafts
+        if not row.want_drafts:
+            request.head_since = request.num_computed
         # The row's i-th is the prompt's (start + i)-th; those before num_prompt_logprobs were told before.
         prompt_logprobs = out.prompt_logprobs[max(0, request.num_prompt_logprobs - row.start) :]
         request.num_prompt_logprobs += len(prompt_logprobs)
