@@ -103,9 +103,11 @@ class Feed:
         self.rng = random.Random(seed)
         self.fresh = self.reused = 0
         long_workers = max(1, workers // 4)
-        self.processes = [context.Process(target=_work, args=(str(tokenizer), seed * 1000 + i, prompt_weight,
-                                                              i < long_workers, self.queues[i < long_workers]), daemon=True)
-                          for i in range(workers)]
+        self.processes = []
+        for i in range(workers):
+            long = i < long_workers
+            work = (str(tokenizer), seed * 1000 + i, prompt_weight, long, self.queues[long])
+            self.processes.append(context.Process(target=_work, args=work, daemon=True))
         for process in self.processes:
             process.start()
 

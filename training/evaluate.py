@@ -1,6 +1,7 @@
 """Greedy generation with cached state, many prompts at once, and the figures on held-out tasks.
 
-Shapes: B prompts, T prompt width (a multiple of 64), S cache length, H hidden, h heads, d head dim, c convolution channels.
+Shapes: B prompts, T prompt width (a multiple of 64), S cache length, H hidden, h heads, d head dim, c convolution
+channels.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def _step_gdn(model: TinyModel, layer: Any, x: Tensor, cache: list[Tensor]) -> T
 def _step_attention(model: TinyModel, layer: Any, x: Tensor, cache: list[Tensor], at_B: Tensor) -> Tensor:
     """One token through an attention layer; cache: keys and values [B, S, h, d], written at `at_B`."""
     a, rows = layer.self_attn, torch.arange(x.shape[0], device=x.device)
-    q, k, v, gate = attention_in(x, *rope_table(at_B[:, None], model.shape), layer.input_layernorm.weight, a.q_proj.weight,
-                                 a.k_proj.weight, a.v_proj.weight, a.q_norm.weight, a.k_norm.weight, model.shape)
+    cos, sin = rope_table(at_B[:, None], model.shape)
+    q, k, v, gate = attention_in(x, cos, sin, layer.input_layernorm.weight, a.q_proj.weight, a.k_proj.weight,
+                                 a.v_proj.weight, a.q_norm.weight, a.k_norm.weight, model.shape)
     cache[0][rows, at_B], cache[1][rows, at_B] = k[:, 0], v[:, 0]
     seen = torch.arange(cache[0].shape[1], device=x.device) <= at_B[:, None]
     return attention_out(x, attend(q, cache[0], cache[1], seen[:, None, None]), gate, a.o_proj.weight)
@@ -136,7 +138,8 @@ def evaluate(model: TinyModel, tokenizer: Tokenizer, n: int, recall_n: int, seed
                 good = text.endswith("<|im_end|>") and grade(task, *parse_reply(text, task))
                 right += good
                 if not good and misses is not None:
-                    misses.append(f"[{task.kind}] {task.messages[-1]['content'][-400:]!r}\n  wrote {text!r}\n  want {task.answer!r}")
+                    asked = task.messages[-1]["content"][-400:]
+                    misses.append(f"[{task.kind}] {asked!r}\n  wrote {text!r}\n  want {task.answer!r}")
         figures[kind] = round(right / max(1, k), 4)
     return figures | {"mtp_acceptance": round(hits / max(1, count), 4)}
 

@@ -118,7 +118,7 @@ def gdn_in(
     conv_w: Tensor, A_log: Tensor, dt_bias: Tensor, shape: Shape,
 ) -> tuple[Tensor, ...]:
     """Everything before the scan: projections, convolution, gates, and the per-chunk matrices [k, M, C, ...]."""
-    B, T, _ = x_BTH.shape
+    T = x_BTH.shape[1]
     hv, d = shape.value_heads, shape.linear_dim
     y = rms(x_BTH, norm)
     raw, z = linear(y, qkv_w), linear(y, z_w)
@@ -175,7 +175,8 @@ def gdn_read(o_in: Tensor, inside: Tensor, v: Tensor, states: Tensor, B: int) ->
 
 def rope_table(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """cos and sin of [..., rotary]."""
-    frequency = shape.theta ** (-torch.arange(0, shape.rotary, 2, device=positions.device, dtype=torch.float32) / shape.rotary)
+    even = torch.arange(0, shape.rotary, 2, device=positions.device, dtype=torch.float32)
+    frequency = shape.theta ** (-even / shape.rotary)
     angle = positions[..., None].float() * frequency
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
@@ -189,8 +190,8 @@ def rotate(x_BThd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_in(
-    x_BTH: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, qn: Tensor, kn: Tensor,
-    shape: Shape,
+    x_BTH: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, qn: Tensor,
+    kn: Tensor, shape: Shape,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rotated queries [B, T, nq, d], keys, values [B, T, nkv, d], gate [B, T, nq * d]."""
     d = shape.head_dim
@@ -203,7 +204,8 @@ def attention_in(
 def attend(q_BThd: Tensor, k_BShd: Tensor, v_BShd: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention; without a mask it is causal. Returns [B, T, nq * d]."""
     groups = q_BThd.shape[2] // k_BShd.shape[2]
-    q, k, v = (t.transpose(1, 2) for t in (q_BThd, k_BShd.repeat_interleave(groups, 2), v_BShd.repeat_interleave(groups, 2)))
+    k_BShd, v_BShd = (t.repeat_interleave(groups, 2) for t in (k_BShd, v_BShd))
+    q, k, v = (t.transpose(1, 2) for t in (q_BThd, k_BShd, v_BShd))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     return o.transpose(1, 2).flatten(-2)
 
@@ -297,7 +299,8 @@ class Experts(nn.Module):
     def __init__(self, s: Shape, std: float) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.randn(s.experts, 2 * s.expert_width, s.hidden) * std)
-        self.down_proj = nn.Parameter(torch.randn(s.experts, s.hidden, s.expert_width) * std / math.sqrt(2 * len(s.layer_types)))
+        down_std = std / math.sqrt(2 * len(s.layer_types))
+        self.down_proj = nn.Parameter(torch.randn(s.experts, s.hidden, s.expert_width) * down_std)
 
 
 class MoE(nn.Module):

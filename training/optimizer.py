@@ -10,7 +10,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-ADAM_PARTS = ("embed_tokens", "in_proj_a", "in_proj_b", "conv1d", "A_log", "dt_bias", "norm", "mlp.gate.", "shared_expert_gate")
+ADAM_PARTS = ("embed_tokens", "in_proj_a", "in_proj_b", "conv1d", "A_log", "dt_bias", "norm", "mlp.gate.",
+              "shared_expert_gate")
 
 
 def orthogonalise(g_nrc: Tensor, steps: int = 5) -> Tensor:
@@ -42,8 +43,9 @@ class Optimizer:
             elif "gate_up_proj" in name:
                 r //= 2
             self.groups[(r, c)].append((p, torch.zeros_like(p)))
-        self.adam = torch.optim.AdamW(rest, lr=self.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda",
-                                      capturable=device == "cuda")
+        cuda = device == "cuda"
+        self.adam = torch.optim.AdamW(rest, lr=self.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda,
+                                      capturable=cuda)
 
     def set_rate(self, scale: float) -> None:
         self.muon_lr.fill_(self.base[0] * scale)

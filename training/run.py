@@ -29,7 +29,8 @@ NAMES = ("loss", "accuracy", "mtp_loss", "mtp_accuracy", "balance")
 class Stepper:
     """One training step at one shape: captured once as a CUDA graph, or run eagerly on a CPU."""
 
-    def __init__(self, model: TinyModel, optimizer: Optimizer, shape: tuple[int, int], one_document: bool, device: str) -> None:
+    def __init__(self, model: TinyModel, optimizer: Optimizer, shape: tuple[int, int], one_document: bool,
+                 device: str) -> None:
         self.model, self.optimizer, self.one_document = model, optimizer, one_document
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.tokens, self.doc = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument("--long-every", type=int, default=8, help="one long batch in so many steps")
     parser.add_argument("--eval-minutes", type=float, default=3.0, help="0: only write the weights, every 20 seconds")
-    parser.add_argument("--prompt-weight", type=float, default=0.05, help="loss weight of what the assistant does not write")
+    parser.add_argument("--prompt-weight", type=float, default=0.05, help="loss weight of the prompts")
     parser.add_argument("--cooldown", type=float, default=0.5, help="share of the time in which the rates fall to zero")
     parser.add_argument("--init", type=Path, help="weights to continue from (a model.safetensors)")
     parser.add_argument("--no-compile", action="store_true")
@@ -179,7 +180,8 @@ def main() -> None:
         step += 1
         if step % 100 == 0:
             short_values, long_values = steppers[False].averages(since[False]), steppers[True].averages(since[True])
-            note(step=step, tokens=tokens, **short_values, long_loss=long_values["loss"], long_accuracy=long_values["accuracy"],
+            note(step=step, tokens=tokens, **short_values, long_loss=long_values["loss"],
+                 long_accuracy=long_values["accuracy"],
                  step_ms=round((time.time() - last) * 10, 2), fresh=feed.fresh, reused=feed.reused)
             since, last = {False: 0, True: 0}, time.time()
         if elapsed > next_eval:

@@ -59,7 +59,8 @@ def parse_reply(text: str, task: Task) -> tuple[str, str, list[tuple[str, dict[s
     if task.enable_thinking:
         reasoning, _, text = text.partition("</think>")
     calls = []
-    pattern = r"<tool_call>\n<function=([^>\n]+)>\n((?:<parameter=[^>\n]+>\n.*?\n</parameter>\n)*)</function>\n</tool_call>"
+    pattern = (r"<tool_call>\n<function=([^>\n]+)>\n((?:<parameter=[^>\n]+>\n.*?\n</parameter>\n)*)"
+               r"</function>\n</tool_call>")
     for name, body in re.findall(pattern, text, re.DOTALL):
         calls.append((name, dict(re.findall(r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>\n", body, re.DOTALL))))
     return re.sub(pattern, "", text, flags=re.DOTALL).strip(), reasoning.strip(), calls
@@ -115,8 +116,9 @@ class Documents:
 
 
 def tokenizer_config() -> Mapping[str, Any]:
-    return {"add_prefix_space": False, "bos_token": None, "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>",
-            "errors": "replace", "model_max_length": 8192, "pad_token": "<|endoftext|>", "split_special_tokens": False,
+    return {"add_prefix_space": False, "bos_token": None, "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 8192, "pad_token": "<|endoftext|>",
+            "split_special_tokens": False,
             "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": None}
 
 

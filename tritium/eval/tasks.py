@@ -121,7 +121,7 @@ class _Person:
     to_her: str
 
     @property
-    def She(self) -> str:  # noqa: N802 - reads as the word it stands for
+    def She(self) -> str:
         return self.she.capitalize()
 
 
@@ -166,17 +166,18 @@ class _World:
         """A made-up word: syllables, or the head of one training word with the tail of another."""
         if self.chance(0.5):
             return self.syllables()
-        a, b = (next(t for t in iter(lambda: str(self.pick(pool)), "") if not _held(t)) for _ in range(2))
+        a, b = (str(next(t for t in iter(lambda: str(self.pick(pool)), "") if not _held(t))) for _ in range(2))
         return a[: self.rng.randint(1, len(a) - 1)] + b[self.rng.randint(1, len(b) - 1) :]
 
     def syllables(self) -> str:
         count = self.pick((1, 2, 2, 2, 3))
-        word = ""
+        word: str = ""
         for i in range(count):
             onset = "" if i == 0 and self.chance(0.25) else self.pick(_ONSETS)
-            word += onset + self.pick(_VOWELS) + (self.pick(_CODAS) if i < count - 1 and self.chance(0.5) else "")
-        word += self.pick(_CODAS)
-        return word if len(word) > 1 else word + "n"
+            coda = self.pick(_CODAS) if i < count - 1 and self.chance(0.5) else ""
+            word += f"{onset}{self.pick(_VOWELS)}{coda}"
+        word += str(self.pick(_CODAS))
+        return word if len(word) > 1 else f"{word}n"
 
     def person(self) -> _Person:
         name = self.from_pool(_NAMES, 0.3)
@@ -213,7 +214,7 @@ def _places(n: int) -> list[int]:
 
 def _mul(a: int, b: int) -> str:
     small, large = min(a, b), max(a, b)
-    if large <= 12 or len(_places(large)) == 1 and small <= 12:
+    if large <= 12 or (len(_places(large)) == 1 and small <= 12):
         return f"{a} * {b} = {a * b}"
     if small < 10:
         return f"{a} * {b} = {_add(*(small * part for part in _places(large)))}"
@@ -1146,7 +1147,7 @@ def _generic(w: _World) -> _Use:
             kind = "string" if draw < 0.65 else "integer"
             word = w.pick(_STRING_WORDS if kind == "string" else _INTEGER_WORDS) if w.chance(0.75) else w.syllables()
             unseen_ok = w.heldout and w.chance(0.5)
-            if _held("parameter", word) and not w.heldout or unseen_ok and not _held("parameter", word):
+            if (_held("parameter", word) and not w.heldout) or (unseen_ok and not _held("parameter", word)):
                 continue
             about = w.pick(("", "", f"The {word.replace('_', ' ')}.", f"{word.replace('_', ' ').capitalize()} of the {noun}"))
             new = _Parameter(word, kind, about, (), w.chance(0.8))
@@ -1385,7 +1386,8 @@ def _token_estimate(sentence: str) -> float:
 
 def _haystack(w: _World, tokens: int) -> tuple[str, list[tuple[str, str, str, str]]]:
     w.taken = set()
-    sentences, facts, size, density = [], [], 0.0, w.pick((0.2, 0.4, 0.6))
+    facts: list[tuple[str, str, str, str]] = []
+    sentences, size, density = [], 0.0, w.pick((0.2, 0.4, 0.6))
     while size < tokens or not facts:
         if w.chance(density):
             facts.append(_fact(w))
