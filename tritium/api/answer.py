@@ -22,6 +22,7 @@ class Answer:
         self._keep_stop = keep_stop
         self._completion_tokens = 0
         self._cached_tokens = 0
+        self._accepted = self._rejected = 0
         self._called_tools = False
         self._first_token_at: float | None = None
 
@@ -41,6 +42,8 @@ class Answer:
         self._called_tools |= bool(delta.tool_calls)
         reason = event.finish_reason if delta.stopped_by is None else FinishReason.STOP
         self._cached_tokens = event.cached_tokens
+        self._accepted += min(event.num_accepted, used)
+        self._rejected += event.num_drafts - event.num_accepted
         self.finished = reason is not None
         if reason is FinishReason.STOP and self._called_tools:
             reason = FinishReason.TOOL_CALLS
@@ -63,7 +66,7 @@ class Answer:
     @property
     def usage(self) -> Usage:
         prompt, reasoning = len(self.request.prompt_ids), self._text.reasoning_tokens
-        return Usage(prompt, self._completion_tokens, reasoning, self._cached_tokens)
+        return Usage(prompt, self._completion_tokens, reasoning, self._cached_tokens, self._accepted, self._rejected)
 
     def _timing(self, event: TokenEvent) -> Timing:
         """The engine's, or, where a stop string ended the answer before the engine did, the same as of now."""
@@ -84,6 +87,8 @@ def merge(events: Sequence[TokenEvent]) -> TokenEvent:
         tokens=tuple(token for event in events for token in event.tokens),
         logprobs=tuple(entry for event in events for entry in event.logprobs),
         prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
+        num_drafts=sum(event.num_drafts for event in events),
+        num_accepted=sum(event.num_accepted for event in events),
     )
 
 

@@ -45,6 +45,11 @@ class EngineConfig:
     """Keep what requests computed for those that begin alike. Changes no token."""
     num_checkpoints: int | None = None
     """Recurrent states that the prefix cache keeps; None: as many as a share of the memory holds."""
+    swap_space: float | None = None
+    """GiB of host memory for recurrent states evicted from a GPU's; None: 4, or 1/8 of what is available if that is
+    less, and none where the device has no memory of its own."""
+    cache_dir: str | None = None
+    """Directory of files with the prefix cache: `cache` is read at the start and written at the end, others by name."""
     enforce_eager: bool = False
     """No captured graphs (there are none on a CPU, where this changes nothing)."""
     load_format: str = "safetensors"
@@ -54,6 +59,8 @@ class EngineConfig:
     speculate: str = "auto"
     """none, mtp:K, ngram:K, both (mtp:K,ngram:K), or auto: the MTP head where the checkpoint has one, each request as
     deep as pays. Changes no token, whatever it says."""
+    force_acceptance: float | None = None
+    """For benchmarks only: accept drafts at this rate, right or wrong. The answers are then wrong."""
     show_progress: bool = True
 
     def __post_init__(self) -> None:
@@ -71,6 +78,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
+        if self.force_acceptance is not None and not 0.0 <= self.force_acceptance <= 1.0:
+            raise ConfigError(f"--benchmark-force-acceptance must be within [0, 1], got {self.force_acceptance}")
+        if self.swap_space is not None and not 0.0 <= self.swap_space < float("inf"):
+            raise ConfigError(f"--swap-space must be at least 0 (GiB), got {self.swap_space}")
+        if self.cache_dir is not None and not self.enable_prefix_caching:
+            raise ConfigError("--cache-dir keeps the prefix cache, which is off", hint="--enable-prefix-caching")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"--gpu-memory-utilization must be within (0, 1], got {self.gpu_memory_utilization}")
 
@@ -100,6 +113,10 @@ class Speculation:
                 raise ConfigError(f"--speculate {text}: K must be within 1 to {MAX_DRAFTS}")
             depths[kind] = int(depth)
         return cls(mtp=depths.get("mtp", 0), ngram=depths.get("ngram", 0))
+
+    def possible(self, has_head: bool) -> Speculation:
+        """What of it a checkpoint can: nothing that needs an MTP head, where it has none."""
+        return self if has_head or not self.mtp else Speculation()
 
     @property
     def most(self) -> int:

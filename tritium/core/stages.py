@@ -213,7 +213,9 @@ class TokenEvent:
     drafts: tuple[int, ...] = ()
     """What is proposed to come next."""
     num_drafts: int = 0
-    """Drafts that were verified in this step; all but one of `tokens` were accepted ones."""
+    """Drafts that were found right or wrong in this step; those after the end of an answer are neither."""
+    num_accepted: int = 0
+    """Those that were right: the first so many of `tokens`."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: str | None = None
@@ -267,6 +269,9 @@ class Usage:
     completion_tokens: int
     reasoning_tokens: int = 0
     cached_tokens: int = 0
+    accepted_drafts: int = 0
+    """Of the completion's tokens, those that were guessed before."""
+    rejected_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,5 +326,11 @@ class EngineStats:
     draft_proposed: tuple[int, ...] = ()
     """Drafts verified, by position: the first guess of a step, the second, ..."""
     draft_accepted: tuple[int, ...] = ()
+    decode_rows: int = 0
+    """Rows of steps that gave tokens: tokens per forward of one request = generated_tokens / decode_rows."""
+    draft_seconds_saved: float = 0.0
+    """What speculation saved, by the cost model of `--speculate auto`; 0 without."""
+    forced_acceptance: float | None = None
+    """The rate of --benchmark-force-acceptance: the answers are wrong."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time by phase: schedule, prepare, forward, sample, draft."""

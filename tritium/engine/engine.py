@@ -47,7 +47,7 @@ class Engine:
         self.directory = directory
         self.generation_defaults = generation_defaults
         self._pages, self._slots = pages, slots
-        self._counts = {"prompt_tokens": 0, "generated_tokens": 0, "steps": 0}
+        self._counts = {"prompt_tokens": 0, "generated_tokens": 0, "steps": 0, "decode_rows": 0}
         self._proposed, self._accepted = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
         self._schedule_seconds = 0.0
         self._policy = policy
@@ -84,13 +84,13 @@ class Engine:
             drafts=speculation.most,
         )
         pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots + plan.num_checkpoints)
-        cache = PrefixCache(pages, slots) if config.enable_prefix_caching else None
+        cache = PrefixCache(pages, slots, host=SlotPool(plan.num_host_checkpoints)) if config.enable_prefix_caching else None
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len)
         policy = DepthPolicy(speculation.most) if speculation.adaptive else None
         depth = policy.depth if policy else lambda request: speculation.most
         generation = directory / "generation_config.json"
         return cls(
-            Runner(model, caches, run_head=speculation.mtp > 0),
+            Runner(model, caches, run_head=speculation.mtp > 0, force_acceptance=config.force_acceptance),
             Scheduler(limits, pages, slots, cache=cache, proposer=proposer, depth=depth),
             plan=plan,
             pages=pages,
@@ -170,12 +170,16 @@ class Engine:
             slots_total=self._slots.num_total,
             pages_cached=reuse.cache.num_evictable,
             checkpoints=reuse.cache.num_checkpoints,
+            checkpoints_host=reuse.cache.num_hosted,
             prefix_hit_tokens=reuse.hit_tokens,
             prefix_miss_tokens=dict(reuse.missed_tokens),
+            checkpoints_moved=dict(reuse.cache.num_moved),
             preemptions=self.scheduler.preemptions,
             **self._counts,
             draft_proposed=tuple(self._proposed),
             draft_accepted=tuple(self._accepted),
+            draft_seconds_saved=self._policy.seconds_saved if self._policy else 0.0,
+            forced_acceptance=self.runner.force_acceptance,
             seconds={"schedule": self._schedule_seconds, **self.runner.seconds},
         )
 
@@ -183,11 +187,10 @@ class Engine:
         self._counts["steps"] += 1
         for event in events:
             self._counts["generated_tokens"] += len(event.tokens)
-            accepted = max(0, len(event.tokens) - 1)
-            # Drafts after the end of an answer were neither right nor wrong.
-            for i in range(event.num_drafts if event.finish_reason is None else accepted):
+            self._counts["decode_rows"] += bool(event.tokens)
+            for i in range(event.num_drafts):
                 self._proposed[i] += 1
-                self._accepted[i] += i < accepted
+                self._accepted[i] += i < event.num_accepted
 
 
 def _speculation(config: EngineConfig, has_head: bool) -> tuple[Speculation, Proposer | None]:
@@ -198,7 +201,7 @@ def _speculation(config: EngineConfig, has_head: bool) -> tuple[Speculation, Pro
             raise ConfigError(
                 f"--speculate {config.speculate}: this checkpoint has no MTP head", hint="ngram:K, auto or none"
             )
-        asked = Speculation()
+    asked = asked.possible(has_head)
     head, ngram = HeadProposer() if asked.mtp else None, NgramProposer() if asked.ngram else None
     return asked, ChainedProposer(head, ngram) if head and ngram else head or ngram
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tritium.config import EngineConfig, flag
+from tritium.config import EngineConfig, Speculation, flag
 from tritium.core import PAGE_TOKENS, CapacityError, ConfigError
 from tritium.hw import Target
 from tritium.models.config import ModelConfig
@@ -21,6 +21,7 @@ _CHECKPOINT_SHARE = 1 / 8
 _LEAST_CHECKPOINTS = 8
 _MOST_CHECKPOINTS = 256
 _CPU_CHECKPOINT_BYTES = 256 << 20
+_HOST_BYTES = 4 << 30
 _CPU_KV_BYTES = 4 << 30
 """Bytes of KV that a CPU takes without being asked: its memory is shared with everything else."""
 
@@ -43,6 +44,9 @@ class MemoryPlan:
     """Of running requests; the prefix cache's come on top."""
     num_checkpoints: int
     max_model_len: int
+    num_host_checkpoints: int = 0
+    """Places for evicted checkpoints in host memory, outside the budget."""
+    host_bytes: int = 0
     notes: tuple[str, ...] = ()
     """What was decided for the user, one sentence each."""
 
@@ -79,6 +83,8 @@ class MemoryPlan:
             ("workspace", self.workspace, "activations and logits of one step, at most"),
             ("total", self.total, f"of {size(self.budget)} that may be used on {self.device}"),
         ]
+        if self.num_host_checkpoints:
+            rows.append(("host", self.host_bytes, f"{self.num_host_checkpoints:,} evicted checkpoints, in host memory"))
         lines = [f"  {name:<10}{size(value):>11}  {what}" for name, value, what in rows]
         fits = f"{self.full_length_requests:,} of full length at once, {self.max_tokens:,} tokens in all"
         lines.append(f"  requests up to {self.max_model_len:,} tokens: {fits}")
@@ -101,9 +107,10 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
     budget = _budget(engine, target)
     weights = weight_bytes(config, dtype)
     asked_len = engine.max_model_len or config.max_position
-    fixed, per_row = workspace_bytes(config, engine.max_num_batched_tokens, asked_len, width)
+    drafts = Speculation.parse(engine.speculate).possible(config.mtp_layers > 0).most
+    fixed, per_row = workspace_bytes(config, engine.max_num_batched_tokens, asked_len, width, drafts)
     workspace = fixed + engine.max_num_seqs * per_row
-    per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width)
+    per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width, drafts)
     state = (engine.max_num_seqs + 1) * per_slot
 
     if weights + workspace > budget:
@@ -134,6 +141,7 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
             )
         max_model_len = pages * PAGE_TOKENS
         notes.append(f"max_model_len lowered from {asked_len:,} (the checkpoint's) to {max_model_len:,}: {why}")
+    hosted = _host_checkpoints(engine, target, bytes_per_slot(config, width))
     return MemoryPlan(
         dtype=dtype,
         device=target.name,
@@ -146,6 +154,8 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
         num_slots=engine.max_num_seqs,
         num_checkpoints=checkpoints,
         max_model_len=max_model_len,
+        num_host_checkpoints=hosted,
+        host_bytes=hosted * bytes_per_slot(config, width),
         notes=tuple(notes),
     )
 
@@ -163,14 +173,18 @@ def bytes_per_page(config: ModelConfig, width: int) -> int:
     return 2 * PAGE_TOKENS * config.num_kv_heads * config.head_dim * width * layers
 
 
-def bytes_per_slot(config: ModelConfig, width: int) -> int:
-    """Per GDN layer: nv dk dv float32 of recurrent state, and cw - 1 convolution inputs of C channels."""
+def bytes_per_slot(config: ModelConfig, width: int, drafts: int = 0) -> int:
+    """Per GDN layer: nv dk dv float32 of recurrent state, cw - 1 + D convolution inputs of C channels, and the inputs
+    of the D drafts under verification, nk dk + nv dv + 2 nv float32 each."""
     recurrent = config.gdn_value_heads * config.gdn_key_dim * config.gdn_value_dim * _FLOAT32
-    convolution = (config.conv_width - 1) * config.conv_channels * width
-    return (recurrent + convolution) * len(config.gdn_layers)
+    convolution = (config.conv_width - 1 + drafts) * config.conv_channels * width
+    heads, keys = config.gdn_value_heads, config.gdn_key_heads * config.gdn_key_dim
+    pending = drafts * (keys + heads * (config.gdn_value_dim + 2)) * _FLOAT32
+    return (recurrent + convolution + pending) * len(config.gdn_layers)
 
 
-def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int) -> tuple[int, int]:
+def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int, drafts: int = 0
+) -> tuple[int, int]:
     """What a step of T tokens needs at most beside weights and pools: (in any case, more for each of its rows).
 
     w bytes an element, 4 where an op makes a float32 copy. The stream, the largest layer and the rope table:
@@ -179,12 +193,13 @@ def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int
     GDN        T (C + nv dv) w + 4 T (2 C + nv (2 dk + 3 dv))    projections; convolution, q, k, v, output
     attention  T (2 nq + 2 nkv) d w + 12 T nq d                  projections; query, sum, output
                + 2048 r (2 nkv d (w + 4) + 8 m)  keys and values of 32 pages, their scores and weights, for r = 16
-                                                 decode rows of m = max(nq, 8 nkv), or one prefill row of m = 64 nq
+                                                 decode rows of m = max((D + 1) nq, 8 nkv) for D drafts, or one
+                                                 prefill row of m = 64 nq
     MLP        3 T I (w + 4)                     gate, up, product
     experts    3 T (Im + Is) (w + 4) + T K H (w + 4) + 20 T E    one expert may get every token; outputs; router
     rope       4 L (rotary dims)
 
-    and each row: 8 nv dk dv for its state in one layer and a product of that size; 20 V for float32 logits,
+    and each row: 8 nv dk dv for its state in one layer and a product of that size; 20 V (D + 1) for float32 logits,
     their sorted copy with int64 ids, and probabilities.
     """
     both, hidden = width + _FLOAT32, config.hidden_size
@@ -193,7 +208,7 @@ def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int
     gdn = tokens * ((config.conv_channels + values) * width + _FLOAT32 * gdn_float32)
 
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    decode = 16 * (2 * keys * both + 8 * max(config.num_heads, 8 * config.num_kv_heads))
+    decode = 16 * (2 * keys * both + 8 * max((drafts + 1) * config.num_heads, 8 * config.num_kv_heads))
     prefill = 2 * keys * both + 8 * 64 * config.num_heads
     attention = tokens * (2 * (queries + keys) * width + 12 * queries) + 2048 * max(decode, prefill)
 
@@ -204,7 +219,7 @@ def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int
 
     rope = _FLOAT32 * positions * config.rope.rotary_dim
     fixed = 3 * tokens * hidden * width + max(gdn, attention, mlp) + rope
-    return fixed, 8 * values * config.gdn_key_dim + 20 * config.vocab_size
+    return fixed, 8 * values * config.gdn_key_dim + 20 * config.vocab_size * (drafts + 1)
 
 
 def pages_for(tokens: int) -> int:
@@ -261,6 +276,19 @@ def _checkpoints(engine: EngineConfig, target: Target, left: int, per_slot: int,
     wanted = min(_MOST_CHECKPOINTS, share // per_slot if per_slot else _MOST_CHECKPOINTS)
     # Below the least that is of use: half of what is left at most, so that there is KV to go with them.
     return max(wanted, min(_LEAST_CHECKPOINTS, fit // 2))
+
+
+def _host_checkpoints(engine: EngineConfig, target: Target, per_state: int) -> int:
+    """Places for evicted checkpoints; a power of two of bytes by default, as pinned memory is rounded up to one."""
+    if not engine.enable_prefix_caching or not per_state:
+        return 0
+    if engine.swap_space is None:
+        return min(_HOST_BYTES, target.host_memory // 8) // per_state
+    asked, available = int(engine.swap_space * 2**30), target.host_memory or target.memory_available
+    if asked > available:
+        raise CapacityError(f"{flag('swap_space')} {engine.swap_space:g} asks for {size(asked)} of host memory, and "
+                            f"{size(available)} are available", hint=f"{available / 2**30:.1f} at most")
+    return asked // per_state
 
 
 def _pages(engine: EngineConfig, target: Target, left: int, per_page: int, asked_len: int) -> tuple[int, str]:

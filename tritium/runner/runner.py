@@ -5,9 +5,11 @@ Shapes: T tokens, S draws, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +17,7 @@ from tritium.core import RowPlan, RowResult, StepPlan, StepResult, TokenLogprob
 from tritium.draft import mtp
 from tritium.models.decoder import Decoder
 from tritium.nn.batch import AttentionCache, ForwardBatch, LayerCache
+from tritium.runner.states import States
 from tritium.sampling import Sampled, Sampler, prompt_logprobs
 
 Observer = Callable[[StepPlan, torch.Tensor], None]
@@ -24,12 +27,16 @@ Observer = Callable[[StepPlan, torch.Tensor], None]
 class Runner:
     """Holds the network and its pools; knows nothing of requests beyond the rows of a plan."""
 
-    def __init__(self, model: Decoder, caches: Sequence[LayerCache], *, run_head: bool = False) -> None:
-        """`run_head`: let the MTP head follow every step, so that it can propose; needs a checkpoint that has one."""
+    def __init__(self, model: Decoder, caches: Sequence[LayerCache], *, run_head: bool = False,
+                 force_acceptance: float | None = None) -> None:
+        """`run_head`: let the MTP head follow and propose where rows want drafts; needs a checkpoint that has one.
+        `force_acceptance`: for benchmarks only, accept drafts at this rate whatever is right."""
         self.model = model
         self.caches = caches
+        self.states = States(caches, kept_inputs=model.config.conv_width - 1, places=host_places)
         self.sampler = Sampler()
         self.run_head = run_head and model.mtp is not None
+        self.force_acceptance = force_acceptance
         self.observer: Observer | None = None
         self.seconds = {"prepare": 0.0, "forward": 0.0, "sample": 0.0, "draft": 0.0}
         """Time spent in each phase since the start."""
@@ -37,6 +44,7 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         with self._timed("prepare"):
+            self.states.move(plan.moves)
             self._copy_pages([row.copy_page for row in plan.rows if row.copy_page])
             batch = ForwardBatch.from_plan(plan, self.model.device)
         with self._timed("forward"):
@@ -82,6 +90,8 @@ class Runner:
             own = [next(draws) for _ in range(row.num_drafts + 1)] if row.samples else []
             right = next((i for i, token in enumerate(drafts) if own[i].token != token), row.num_drafts)
             out.append(own[: right + 1])
+            if self.force_acceptance is not None and drafts:
+                out[-1] = _forced(row, drafts, own, self.force_acceptance)
         return out
 
     def _draw(self, sites: Sequence[RowPlan], logits_SV: torch.Tensor) -> list[int | None]:
@@ -109,3 +119,12 @@ class Runner:
         begin = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - begin
+
+
+def _forced(row: RowPlan, drafts: Sequence[int], own: Sequence[Sampled], rate: float) -> list[Sampled]:
+    """Drafts accepted at `rate`, by coins that depend on the request's seed and the position: wrong tokens, for
+    benchmarks only."""
+    first = row.stop - len(drafts)
+    coins = (random.Random(row.seed * 1_000_003 + first + i).random() for i in range(len(drafts)))
+    right = next((i for i, coin in enumerate(coins) if coin >= rate), len(drafts))
+    return [replace(own[i], token=drafts[i]) for i in range(right)] + [own[right]]

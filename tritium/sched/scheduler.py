@@ -155,7 +155,8 @@ class Scheduler:
         if not stops:
             return None
         self._under_way = set(stops)
-        return StepPlan(tuple(self._row(request, stop) for request, stop in stops.items()), tuple(preempted))
+        rows = tuple(self._row(request, stop) for request, stop in stops.items())
+        return StepPlan(rows, tuple(preempted), self.reuse.cache.take_moves())
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Takes in what a step computed. Rows of requests that left since `plan` are passed over.
@@ -356,13 +357,15 @@ class Scheduler:
             request.num_computed = min(request.num_computed, request.num_tokens - 1)
             request.fold = max(0, count - 1)
             self._finish(request, reason)
+        right = min(accepted, count)
         return TokenEvent(
             request.id,
             tokens=out.tokens[:count],
             logprobs=out.logprobs[:count],
             prompt_logprobs=prompt_logprobs,
             drafts=() if reason else out.drafts,
-            num_drafts=row.num_drafts,
+            num_drafts=right if reason else row.num_drafts,
+            num_accepted=right,
             finish_reason=reason,
             stop_token=request.stop_token,
             timing=None if reason is None else _timing(request),

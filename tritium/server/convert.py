@@ -184,6 +184,8 @@ class Tally:
                 sums.completion_tokens + more.completion_tokens,
                 sums.reasoning_tokens + more.reasoning_tokens,
                 sums.cached_tokens + (more.cached_tokens if event.index % self._n == 0 else 0),
+                sums.accepted_drafts + more.accepted_drafts,
+                sums.rejected_drafts + more.rejected_drafts,
             )
 
     def body(self) -> dict[str, Any]:
@@ -193,7 +195,11 @@ class Tally:
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+            "completion_tokens_details": {
+                "reasoning_tokens": usage.reasoning_tokens,
+                "accepted_prediction_tokens": usage.accepted_drafts,
+                "rejected_prediction_tokens": usage.rejected_drafts,
+            },
         }
 
 

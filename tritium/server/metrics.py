@@ -29,6 +29,7 @@ _COUNTERS = {
     "prefix_hit_tokens": "prefix_cache_hit_tokens: Prompt tokens taken from the prefix cache",
     "generated_tokens": "generated_tokens: Tokens sampled",
     "steps": "steps: Forward passes",
+    "decode_rows": "decode_rows: Rows of forward passes that gave tokens; tokens per forward is generated over this",
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.03, 0.1, 1.0)
@@ -113,6 +114,12 @@ class _EngineCollector(Collector):
         yield _labelled("step_seconds", "Time in steps, by phase", "phase", stats.seconds)
         yield _labelled("prefix_cache_miss_tokens", "Prompt tokens that had to be computed, by reason", "reason",
                         stats.prefix_miss_tokens)
+        yield GaugeMetricFamily(
+            "tritium_draft_seconds_saved_estimate", "Seconds that drafts saved, by the cost model of --speculate auto",
+            value=stats.draft_seconds_saved)
+        if stats.forced_acceptance is not None:
+            yield GaugeMetricFamily("tritium_forced_acceptance", "Rate of --benchmark-force-acceptance: answers are wrong",
+                                    value=stats.forced_acceptance)
         for name, counts in (("proposed", stats.draft_proposed), ("accepted", stats.draft_accepted)):
             yield _labelled(f"draft_tokens_{name}", f"Drafts {name}, by position", "position",
                             {str(i): count for i, count in enumerate(counts)})
