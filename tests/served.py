@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import anthropic
 import httpx
 import openai
+from starlette.routing import Route
 
 from tritium.api import Limits, ScriptedEngine, Session
 from tritium.api.engine_core import EngineCore
@@ -50,6 +51,10 @@ class Served:
     session: Session
     engine: EngineCore
     model: str
+    server: Server
+
+    def app_routes(self) -> list[Route]:
+        return self.server.config.app._app.routes
 
     @property
     def client(self) -> openai.OpenAI:
@@ -104,7 +109,7 @@ def served(engine: EngineCore, chat: ChatFormat = CHAT, model: str = MODEL, **op
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.005)
     try:
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", session, engine, model)
+        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", session, engine, model, server)
     finally:
         server.should_exit = True
         thread.join(10)

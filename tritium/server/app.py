@@ -17,13 +17,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tritium
 from tritium.api import Completion, Session
 from tritium.config import EngineConfig
-from tritium.core import ConfigError, Event, TritiumError
-from tritium.server import convert, messages, protocol, responses
+from tritium.core import ConfigError, Event, RequestError, TritiumError
+from tritium.server import convert, messages, openapi, protocol, responses
 from tritium.server.convert import ChatShape, CompletionShape
 from tritium.server.errors import (
     BodyTooLargeError,
@@ -70,6 +71,7 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
         "GET /health": routes.health,
         "GET /metrics": routes.metrics_page,
         "GET /version": routes.version,
+        "GET /openapi.json": routes.openapi,
     }
     for line, endpoint in endpoints.items():
         method, path = line.split()
@@ -188,6 +190,9 @@ class Routes:
     async def version(self) -> Response:
         return JSONResponse({"version": tritium.__version__})
 
+    async def openapi(self) -> Response:
+        return JSONResponse(openapi.document())
+
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Any failure as the error object of the door."""
         self._note_error(error, request.scope)
@@ -233,6 +238,8 @@ class Routes:
                 body = await self._body(request)
         except TimeoutError:
             raise SlowBodyError(f"the body did not come within {self._settings.patience:g} s") from None
+        except ClientDisconnect:
+            raise RequestError("the body ended early") from None
         return protocol.parse_json(body)
 
     async def _body(self, request: Request) -> bytes:
@@ -323,7 +330,7 @@ class Server(uvicorn.Server):
         self._settings = settings = settings or ServerSettings()
         protocol_class = type("Protocol", (PatientProtocol,), {"patience": settings.patience})
         super().__init__(uvicorn.Config(
-            create_app(session, served_model_names, settings), log_level="warning", access_log=False,
+            create_app(session, served_model_names, settings), log_level="error", access_log=False,
             http=protocol_class, ws="none", timeout_graceful_shutdown=int(settings.drain_seconds) + 5))
         self._session = session
         self._draining: asyncio.Future[None] | None = None

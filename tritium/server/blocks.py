@@ -29,14 +29,14 @@ def pieces(event: Event) -> Iterator[Piece]:
         yield Piece("thinking", event.reasoning)
     if event.text:
         yield Piece("text", event.text)
-    for call in event.tool_calls:
-        yield Piece("call", dumps(call.arguments), call.id, call.name)
+    for delta in event.tool_deltas:
+        yield Piece("call", delta.arguments, delta.id, delta.name)
 
 
 def blocks(done: Completion) -> list[Piece]:
     """A whole answer."""
-    event = Event(text=done.text, reasoning=done.reasoning, tool_calls=tuple(done.tool_calls))
-    return list(pieces(event))
+    calls = [Piece("call", dumps(call.arguments), call.id, call.name) for call in done.tool_calls]
+    return [*pieces(Event(text=done.text, reasoning=done.reasoning)), *calls]
 
 
 class Final:

@@ -59,7 +59,7 @@ def chat_fields(request: CountRequest) -> dict[str, Any]:
     }
     fields |= _choice(request.tool_choice)
     if thinking and request.thinking is not None and request.thinking.budget_tokens is not None:
-        fields["thinking_budget"] = request.thinking.budget_tokens
+        fields["thinking_token_budget"] = request.thinking.budget_tokens
     if isinstance(request, MessagesRequest):
         fields |= {name: getattr(request, name) for name in ("max_tokens", "stream", "temperature", "top_p", "top_k")}
         fields["stop"] = request.stop_sequences

@@ -17,7 +17,7 @@ from tritium.core.sampling_params import MAX_LOGPROBS
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class StreamOptions(Strict):
@@ -148,6 +148,11 @@ _UNSUPPORTED: dict[type[BaseModel], dict[str, tuple[Any, ...]]] = {
 }
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def unsupported(kind: type[BaseModel]) -> list[str]:
+    """Names of the fields that are refused unless they ask for nothing."""
+    return sorted(_UNSUPPORTED.get(kind, ()))
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
