@@ -150,7 +150,7 @@ def test_text_comes_out_at_once_and_a_call_when_it_is_complete() -> None:
         "Write <tool_call> first.\n",
         "`<tool_call>\n<function=` opens a call.",
         "<tool_call>\n<function=weather>\nbut no parameter\n</function>\n</tool_call>",
-        "<tool_call>\n<function=weather>\n<parameter=city>\nZür",  # cut off by max_tokens
+        "<tool_call>\n<function=weather>\n<param",  # cut off by max_tokens
         "<tool_call>\n<function=>\n</function>\n</tool_call>",
         '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>',
         "<tool_call>",
@@ -176,12 +176,21 @@ def test_a_real_call_after_a_mention_is_found() -> None:
         WEATHER.replace("</function>", "</function>\n</function>"),
         WEATHER + "\n</tool_call>",
         WEATHER.replace("\n", ""),
-        WEATHER.replace("<parameter=city>", "<parameter=city>\nParis\n</parameter>\n<parameter=city>"),
+        WEATHER.replace("</parameter>", "</parameter>\n<parameter=city>\nParis\n</parameter>"),
+        WEATHER.replace("</parameter>", "</parameter>\n</parameter>"),
     ],
-    ids=["parameter", "function", "call", "function twice", "call twice", "no newlines", "parameter twice"],
+    ids=["parameter", "function", "call", "function twice", "call twice", "no newlines", "name twice", "closed twice"],
 )
 def test_missing_and_doubled_closing_tags_are_forgiven(call: str) -> None:
     assert read(call) == ("", "", [ZURICH], None)
+
+
+def test_a_call_that_is_cut_off_ends_with_the_text() -> None:
+    head = "<tool_call>\n<function=weather>\n<parameter=city>\n"
+    assert read(head + "Zür") == ("", "", [("weather", {"city": "Zür"})], None)
+    assert read(head + "Zürich\n</para") == ("", "", [ZURICH], None)
+    unfinished = head + "Zürich\n</parameter>\n<parameter=days>\n1"  # maybe of 12
+    assert read(unfinished) == ("", "", [ZURICH], None)
 
 
 def test_a_missing_closing_tag_between_parameters() -> None:
@@ -278,7 +287,7 @@ def test_the_stop_string_that_is_complete_first_wins() -> None:
 def test_stop_strings_match_the_text_as_it_was_generated() -> None:
     assert read("a STOP b</think>c", prompt=THINKING, stop=["STOP"]) == ("", "a ", [], "STOP")
     assert read("a\n</think>\n\nb", prompt=THINKING, stop=["</think>"])[3] == "</think>"
-    assert read(f"see {WEATHER}", stop=["</function>"])[:3] == ("see " + WEATHER.partition("</function>")[0], "", [])
+    assert read(f"see {WEATHER}", stop=["</function>"])[:3] == ("see ", "", [ZURICH])
 
 
 def test_tokens_used_ends_with_the_token_that_completes_the_stop() -> None:

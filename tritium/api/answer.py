@@ -52,6 +52,7 @@ class Answer:
             text=delta.text,
             reasoning=delta.reasoning,
             tool_calls=delta.tool_calls,
+            tool_deltas=delta.tool_deltas,
             token_ids=event.tokens[:used],
             logprobs=event.logprobs[:used],
             prompt_logprobs=event.prompt_logprobs,

@@ -216,4 +216,7 @@ class AnswerConstraint:
 
 
 def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "it cannot be compiled")
+    """What llguidance says, in one line: the first, and below it the one that names the error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines[1:] if line.startswith("error:")]
+    return " ".join(lines[:1] + errors[:1]) or "it cannot be compiled"

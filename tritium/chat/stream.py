@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tritium.chat.detokenize import Detokenizer
 from tritium.chat.reasoning import ReasoningSplitter
 from tritium.chat.stop import StopMatcher
-from tritium.chat.tools import ToolParser
-from tritium.core.stages import ToolCall
+from tritium.chat.tools import Called, ToolParser
+from tritium.core.stages import ToolCall, ToolCallDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class TextDelta:
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    tool_deltas: tuple[ToolCallDelta, ...] = ()
     stopped_by: str | None = None
     """The stop string, in the push that completed it."""
 
@@ -50,7 +52,7 @@ class TextStream:
         self._answer_tools = answer_tools
         self._reasoning_tools = reasoning_tools
         self._min_tokens = min_tokens
-        self._unclosed: list[tuple[str, ToolCall]] = []
+        self._unclosed: list[Called] = []
         self._undecided_tokens = 0
         self._finished = False
         self.stopped_by: str | None = None
@@ -78,6 +80,12 @@ class TextStream:
             self._take(self._detokenizer.flush(), out)
             if not self.stopped:
                 self._finish(self._stops.flush(), out)
+        return out.delta(self.stopped_by)
+
+    def push_text(self, text: str) -> TextDelta:
+        """More of the answer that comes as text, not as tokens."""
+        out = _Pieces()
+        self._take(text, out)
         return out.delta(self.stopped_by)
 
     def _token(self, id: int, out: _Pieces) -> None:
@@ -116,29 +124,35 @@ class TextStream:
         if self._answer_tools is None:
             out.text.append(answer)
             return
-        for written, call in self._answer_tools.push(answer, final=final):
-            if call is None:
-                out.text.append(written)
+        for piece in self._answer_tools.push(answer, final=final):
+            if isinstance(piece, str):
+                out.text.append(piece)
+            elif isinstance(piece, Called):
+                out.calls.append(piece.call)
             else:
-                out.calls.append(call)
+                out.deltas.append(piece)
 
     def _add_reasoning(self, text: str, out: _Pieces, *, closed: bool, final: bool) -> None:
         if self._reasoning_tools is None:
             out.reasoning.append(text)
             return
-        for written, call in self._reasoning_tools.push(text, final=closed or final):
-            if call is not None:
-                self._unclosed.append((written, call))
-            elif written:
+        for piece in self._reasoning_tools.push(text, final=closed or final):
+            if isinstance(piece, Called):
+                self._unclosed.append(piece)
+            elif isinstance(piece, str):
                 self._release_unclosed(out)
-                out.reasoning.append(written)
+                out.reasoning.append(piece)
         if closed:
             self._release_unclosed(out)
         elif final:
-            out.calls.extend(call for _, call in self._unclosed)
+            for i, called in enumerate(self._unclosed):
+                call = called.call
+                arguments = json.dumps(call.arguments, ensure_ascii=False)
+                out.deltas.append(ToolCallDelta(i, call.id, call.name, arguments))
+                out.calls.append(call)
 
     def _release_unclosed(self, out: _Pieces) -> None:
-        out.reasoning.extend(written for written, _ in self._unclosed)
+        out.reasoning.extend(called.written for called in self._unclosed)
         self._unclosed.clear()
 
 
@@ -149,6 +163,8 @@ class _Pieces:
         self.text: list[str] = []
         self.reasoning: list[str] = []
         self.calls: list[ToolCall] = []
+        self.deltas: list[ToolCallDelta] = []
 
     def delta(self, stopped_by: str | None) -> TextDelta:
-        return TextDelta("".join(self.text), "".join(self.reasoning), tuple(self.calls), stopped_by)
+        text, reasoning = "".join(self.text), "".join(self.reasoning)
+        return TextDelta(text, reasoning, tuple(self.calls), tuple(self.deltas), stopped_by)

@@ -25,6 +25,7 @@ from tritium.core.stages import (
     TokenEvent,
     TokenLogprob,
     ToolCall,
+    ToolCallDelta,
     Usage,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "TokenEvent",
     "TokenLogprob",
     "ToolCall",
+    "ToolCallDelta",
     "TritiumError",
     "Usage",
 ]

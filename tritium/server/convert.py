@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from tritium.api import Completion, Door, TextOptions
 from tritium.chat import AnswerFormat, ToolRules
-from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCall, Usage
+from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCall, ToolCallDelta, Usage
 from tritium.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -225,8 +225,8 @@ class ChatShape:
     def __init__(self, request: ChatRequest, door: Door) -> None:
         self._logprobs = bool(request.logprobs)
         self._door = door
-        self._calls: dict[int, int] = {}
-        """Tool calls streamed so far, by choice."""
+        self._begun: set[int] = set()
+        """Choices of which something was streamed."""
 
     def choice(self, completion: Completion) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": completion.text}
@@ -244,18 +244,16 @@ class ChatShape:
 
     def deltas(self, event: Event) -> list[dict[str, Any]]:
         out = []
-        if event.index not in self._calls:
-            self._calls[event.index] = 0
+        if event.index not in self._begun:
+            self._begun.add(event.index)
             out.append(self._delta(event.index, {"role": "assistant", "content": ""}))
         delta: dict[str, Any] = {}
         if event.reasoning:
             delta |= {"reasoning_content": event.reasoning, "reasoning": event.reasoning}
         if event.text:
             delta["content"] = event.text
-        if event.tool_calls:
-            first = self._calls[event.index]
-            self._calls[event.index] += len(event.tool_calls)
-            delta["tool_calls"] = [{"index": i, **_call(call)} for i, call in enumerate(event.tool_calls, first)]
+        if event.tool_deltas:
+            delta["tool_calls"] = [_call_delta(piece) for piece in event.tool_deltas]
         if delta or event.finish_reason is not None or (self._logprobs and event.logprobs):
             out.append(self._delta(event.index, delta, event))
         return out
@@ -349,6 +347,13 @@ class CompletionShape:
 def _call(call: ToolCall) -> dict[str, Any]:
     arguments = json.dumps(call.arguments, ensure_ascii=False)
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _call_delta(piece: ToolCallDelta) -> dict[str, Any]:
+    if not piece.id:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
 
 
 class Envelope:
