@@ -126,21 +126,24 @@ def allocate_caches(
     config: ModelConfig, *, pages: int, slots: int, dtype: torch.dtype, device: torch.device, drafts: int = 0
 ) -> list[LayerCache]:
     """The pools, one entry a layer and the MTP layer's last; page 0 and slot 0 come on top of `pages` and `slots`.
-    `drafts`: the most draft tokens of a row, whose inputs a slot keeps until they are verified."""
+    `drafts`: the most draft tokens of a row, whose inputs a slot keeps until they are verified.
 
-    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    Nothing is cleared, since nothing is read that was not written: on a CPU, memory is taken only as it fills.
+    """
+
+    def pool(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def attention() -> AttentionCache:
         shape = (pages + 1, config.num_kv_heads, 64, config.head_dim)
-        return AttentionCache(zeros(*shape), zeros(*shape))
+        return AttentionCache(pool(*shape), pool(*shape))
 
     def gdn() -> GdnCache:
         keys, heads, value = config.gdn_key_heads * config.gdn_key_dim, config.gdn_value_heads, config.gdn_value_dim
         return GdnCache(
-            state=zeros(slots + 1, heads, config.gdn_key_dim, value, dtype=torch.float32),
-            conv=zeros(slots + 1, config.conv_width - 1 + drafts, config.conv_channels),
-            pending=zeros(slots + 1, drafts, keys + heads * (value + 2), dtype=torch.float32),
+            state=pool(slots + 1, heads, config.gdn_key_dim, value, dtype=torch.float32),
+            conv=pool(slots + 1, config.conv_width - 1 + drafts, config.conv_channels),
+            pending=pool(slots + 1, drafts, keys + heads * (value + 2), dtype=torch.float32),
         )
 
     caches: list[LayerCache] = [attention() if kind == FULL else gdn() for kind in config.layer_types]
