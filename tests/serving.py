@@ -27,12 +27,14 @@ def assemble(
     pages: int = 160,
     seqs: int = 32,
     checkpoints: int | None = None,
+    host: int = 0,
     proposer: Proposer | None = None,
     depth: Callable[[Request], int] = lambda request: 0,
 ) -> Engine:
-    """An engine over the same network and memory. `checkpoints`: slots of the prefix cache; None: no prefix cache."""
+    """An engine over the same network and memory. `checkpoints`: slots of the prefix cache; None: no prefix cache; `host`: those
+    in host memory."""
     page_pool, slots = PagePool(pages), SlotPool(seqs + (checkpoints or 0))
-    cache = None if checkpoints is None else PrefixCache(page_pool, slots)
+    cache = None if checkpoints is None else PrefixCache(page_pool, slots, host=SlotPool(host))
     limits = Limits(seqs, budget, engine.max_model_len)
     engine.runner.run_head = proposer is not None
     return Engine(

@@ -15,7 +15,7 @@ from tritium.api import LLM
 from tritium.cache import PagePool, PrefixCache, SlotPool, may_resume, pages_for
 from tritium.chat import byte_chat_format
 from tritium.config import EngineConfig
-from tritium.core import Request, SamplingParams
+from tritium.core import Request, SamplingParams, StateMove
 from tritium.draft.proposers import HeadProposer
 from tritium.engine import Engine
 
@@ -25,9 +25,9 @@ from tritium.engine import Engine
 class Tree:
     """A cache, and sequences that are computed and left to it."""
 
-    def __init__(self, pages: int = 100, slots: int = 20, align: int = 1) -> None:
+    def __init__(self, pages: int = 100, slots: int = 20, align: int = 1, host: int = 0) -> None:
         self.pages, self.slots = PagePool(pages), SlotPool(slots)
-        self.cache = PrefixCache(self.pages, self.slots, align=align)
+        self.cache = PrefixCache(self.pages, self.slots, host=SlotPool(host), align=align)
 
     def leave(self, ids: tuple[int, ...], *positions: int, cold: bool = False) -> None:
         """A request computes `ids` and leaves them, with checkpoints at `positions`."""
@@ -145,12 +145,41 @@ def test_the_least_recently_used_goes_first_and_cold_ones_before() -> None:
     assert [tree.reuse(text(80, kind)) for kind in (1, 2, 3)] == [69, 0, 67]
 
 
-def test_an_evicted_checkpoint_is_handed_on_before_its_slot_is() -> None:
-    tree, seen = Tree(slots=1), []
-    tree.cache.on_evict_checkpoint = lambda checkpoint: seen.append((checkpoint.position, checkpoint.slot))
+def test_an_evicted_checkpoint_goes_to_host_memory_while_there_is_room() -> None:
+    tree = Tree(slots=1, host=1)
     tree.leave(text(70), 69)
     tree.leave(text(70, 1), 69)
-    assert seen == [(69, 1)]
+    assert tree.cache.take_moves() == (StateMove(slot=1, host=1, out=True),)
+    assert tree.reuse(text(80)) == tree.reuse(text(80, 1)) == 69
+    tree.leave(text(70, 2), 69)  # the oldest of those in host memory is gone for good
+    assert [tree.reuse(text(80, kind)) for kind in range(3)] == [0, 69, 69]
+    assert (tree.cache.num_checkpoints, tree.cache.num_hosted) == (1, 1)
+
+
+def test_a_state_comes_back_into_the_request_s_slot_and_the_second_time_for_all() -> None:
+    tree = Tree(slots=3, host=2)
+    for kind in range(4):
+        tree.leave(text(70, kind), 69)
+    tree.cache.take_moves()
+
+    def start() -> tuple[int, int | None]:
+        lease = tree.cache.acquire(tree.cache.match(cut(text(80)), 79))
+        slot = tree.cache.take_slot()
+        assert slot is not None
+        source = tree.cache.bring_back(lease, slot)
+        tree.cache.settle(lease)
+        return slot, source
+
+    slot, source = start()
+    out, back = tree.cache.take_moves()
+    assert (source, out.out, back) == (None, True, StateMove(slot, 1, out=False))
+    assert (tree.cache.num_checkpoints, tree.cache.num_hosted) == (2, 2)
+    _, source = start()
+    moves = tree.cache.take_moves()
+    assert [move.out for move in moves] == [True, True, False]
+    assert moves[-1].slot == moves[-2].slot == source
+    assert tree.cache.num_moved == {"evicted": 4, "restored": 2}
+    assert tree.reuse(text(80)) == 69
 
 
 def test_a_miss_is_explained() -> None:

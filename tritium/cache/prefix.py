@@ -12,7 +12,8 @@ Where p lies within a page, the resuming request gets a copy of that page and wr
 Pages go from their request to the tree once their tokens are committed, and stay where they are: the request reads on
 through its `Lease`, which locks the path. A page that the tree has already is given back and the tree's is used.
 Pages and checkpoints are evicted apart, least recently used first, pages from the leaves up, nothing that is in use.
-An evicted checkpoint leaves a ghost, as does an evicted page, so that a miss can be explained. Every operation is
+Where host memory has room, an evicted checkpoint goes there: what is to be copied, in which order, stands in `moves`.
+One evicted for good leaves a ghost, as does an evicted page, so that a miss can be explained. Every operation is
 O(tokens / 64), and evicting one thing O(log siblings) searches; nothing walks the tree.
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tritium.cache.pools import PagePool, SlotPool
-from tritium.core import PAGE_TOKENS
+from tritium.core import PAGE_TOKENS, StateMove
 
 Ids = tuple[int, ...]
 Tokens = Callable[[int, int], Ids]
@@ -65,16 +66,23 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Checkpoint:
-    """The state after `position` tokens. Without a slot it is a ghost: it was here, and was evicted."""
+    """The state after `position` tokens, in a slot or in host memory; in neither it is a ghost: it was evicted."""
 
     node: Node
     key: Ids
     slot: int | None
     locks: int = 0
+    host: int | None = None
+    returned: bool = False
+    """It was used from host memory before."""
 
     @property
     def position(self) -> int:
         return self.node.end + len(self.key)
+
+    @property
+    def is_ghost(self) -> bool:
+        return self.slot is None and self.host is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +116,31 @@ class Lease:
 
 
 class PrefixCache:
-    """The tree, and the ids in the two pools that it owns."""
+    """The tree, and the ids in the pools that it owns. `host`: places for states in host memory."""
 
-    def __init__(self, pages: PagePool, slots: SlotPool, *, align: int = 1) -> None:
+    def __init__(self, pages: PagePool, slots: SlotPool, *, host: SlotPool | None = None, align: int = 1) -> None:
         self.align = align
         self.version = 0
         """Changes whenever a match may have changed."""
         self.num_pages = 0
         self.num_checkpoints = 0
+        """Those with a slot."""
+        self.num_moved = {"evicted": 0, "restored": 0}
         self.num_evictable = 0
         """Pages that nobody reads: all of them can be had."""
-        self.on_evict_checkpoint: Callable[[Checkpoint], None] | None = None
-        """Called while `checkpoint.slot` still holds its state."""
-        self._pages, self._slots = pages, slots
+        self.moves: list[StateMove] = []
+        """To be done, in this order, before anything else touches a slot."""
+        self._pages, self._slots, self._host = pages, slots, host or SlotPool(0)
         self._root = Node(None, (), 0, 0, 0, locks=1)
         self._leaves: OrderedDict[Node, None] = OrderedDict()  # may be evicted now; the least recently used first
-        self._idle: OrderedDict[Checkpoint, None] = OrderedDict()  # checkpoints likewise
+        self._idle: OrderedDict[Checkpoint, None] = OrderedDict()  # checkpoints with a slot, likewise
+        self._hosted: OrderedDict[Checkpoint, None] = OrderedDict()  # and those in host memory
         self._ghost_pages: OrderedDict[int, None] = OrderedDict()
         self._ghosts: OrderedDict[Checkpoint, None] = OrderedDict()
+
+    @property
+    def num_hosted(self) -> int:
+        return self._host.num_used
 
     # ---- reuse ------------------------------------------------------------------------------------------------
 
@@ -148,7 +163,7 @@ class PrefixCache:
                 found = node.checkpoints[offset].get(ids(node.end, node.end + offset))
                 if found is None:
                     continue
-                if found.slot is None:
+                if found.is_ghost:
                     evicted = evicted or found.position
                     continue
                 whole = offset == PAGE_TOKENS
@@ -193,6 +208,7 @@ class PrefixCache:
         if match.checkpoint is not None:
             match.checkpoint.locks += 1
             self._idle.pop(match.checkpoint, None)
+            self._hosted.pop(match.checkpoint, None)
         return Lease(match.node, None, match.checkpoint, match.partial)
 
     def settle(self, lease: Lease) -> None:
@@ -211,9 +227,30 @@ class PrefixCache:
         if checkpoint is None or checkpoint.slot is None or checkpoint.locks > 1:
             return None
         lease.checkpoint, checkpoint.locks = None, 0
-        slot, checkpoint.slot = checkpoint.slot, None
-        self._become_ghost(checkpoint)
+        slot = checkpoint.slot
+        self._leave_slot(checkpoint)
         return slot
+
+    def bring_back(self, lease: Lease, slot: int) -> int | None:
+        """The slot that a request which has `slot` starts from: None where the state comes from host memory into its
+        own. The second time, a state comes back for others too, if it can have a slot."""
+        checkpoint = lease.checkpoint
+        if checkpoint is None or checkpoint.host is None:
+            return None if checkpoint is None else checkpoint.slot
+        self.num_moved["restored"] += 1
+        if not checkpoint.returned or (shared := self.take_slot()) is None:
+            checkpoint.returned = True
+            self.moves.append(StateMove(slot, checkpoint.host, out=False))
+            return None
+        self.moves.append(StateMove(shared, checkpoint.host, out=False))
+        self._leave_host(checkpoint)
+        checkpoint.slot = shared
+        self.num_checkpoints += 1
+        return shared
+
+    def take_moves(self) -> tuple[StateMove, ...]:
+        moves, self.moves = tuple(self.moves), []
+        return moves
 
     @staticmethod
     def path_pages(node: Node) -> list[int]:
@@ -268,12 +305,15 @@ class PrefixCache:
         if found is None:
             found = here[key] = Checkpoint(node, key, slot)
         else:
-            del self._ghosts[found]
+            if found.host is not None:
+                self._leave_host(found)
+            else:
+                del self._ghosts[found]
             found.slot = slot
         self.num_checkpoints += 1
         self.version += 1
         self._touch(found)
-        if cold:
+        if cold and found in self._idle:
             self._idle.move_to_end(found, last=False)
 
     def release(self, lease: Lease, pages: Sequence[int]) -> None:
@@ -313,14 +353,17 @@ class PrefixCache:
         if not self._idle:
             return False
         checkpoint, _ = self._idle.popitem(last=False)
-        self._give_up_slot(checkpoint)
-        self._become_ghost(checkpoint)
+        slot = checkpoint.slot
+        assert slot is not None
+        self._leave_slot(checkpoint)
+        self._slots.release(slot)
         return True
 
     def flush(self) -> None:
-        """Evicts all that nobody uses."""
-        while self.evict_checkpoint():
-            pass
+        """Evicts all that nobody uses, for good."""
+        for checkpoint in [*self._idle, *self._hosted]:
+            self._remove_checkpoint(checkpoint)
+        self.version += 1
         self.make_room(self._pages.num_free + self.num_evictable)
 
     def walk(self) -> Iterator[Node]:
@@ -420,31 +463,50 @@ class PrefixCache:
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
     def _touch(self, checkpoint: Checkpoint) -> None:
-        if not checkpoint.locks and checkpoint.slot is not None:
-            self._idle[checkpoint] = None
-            self._idle.move_to_end(checkpoint)
+        if not checkpoint.locks and not checkpoint.is_ghost:
+            order = self._hosted if checkpoint.slot is None else self._idle
+            order[checkpoint] = None
+            order.move_to_end(checkpoint)
 
-    def _give_up_slot(self, checkpoint: Checkpoint) -> None:
+    def _leave_slot(self, checkpoint: Checkpoint) -> None:
+        """To host memory, if it has room or something older; else for good. The slot is the caller's."""
         assert checkpoint.slot is not None
-        if self.on_evict_checkpoint is not None:
-            self.on_evict_checkpoint(checkpoint)
-        self._slots.release(checkpoint.slot)
-        checkpoint.slot = None
-
-    def _become_ghost(self, checkpoint: Checkpoint) -> None:
+        slot, checkpoint.slot = checkpoint.slot, None
         self.num_checkpoints -= 1
         self.version += 1
+        if not self._host.num_free and self._hosted:
+            oldest, _ = self._hosted.popitem(last=False)
+            self._leave_host(oldest)
+            self._become_ghost(oldest)
+        if not self._host.num_free:
+            self._become_ghost(checkpoint)
+            return
+        checkpoint.host, checkpoint.returned = self._host.allocate(), False
+        self.moves.append(StateMove(slot, checkpoint.host, out=True))
+        self.num_moved["evicted"] += 1
+        self._touch(checkpoint)
+
+    def _leave_host(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.host is not None
+        self._host.release(checkpoint.host)
+        checkpoint.host = None
+        self._hosted.pop(checkpoint, None)
+
+    def _become_ghost(self, checkpoint: Checkpoint) -> None:
         self._ghosts[checkpoint] = None
         if len(self._ghosts) > MAX_GHOSTS:
             self._remove_checkpoint(next(iter(self._ghosts)))
 
     def _remove_checkpoint(self, checkpoint: Checkpoint) -> None:
         """For good, with its ghost."""
+        assert not checkpoint.locks, "evicting what is in use"
         if checkpoint.slot is not None:
-            assert not checkpoint.locks, "evicting what is in use"
             del self._idle[checkpoint]
-            self._give_up_slot(checkpoint)
+            self._slots.release(checkpoint.slot)
+            checkpoint.slot = None
             self.num_checkpoints -= 1
+        elif checkpoint.host is not None:
+            self._leave_host(checkpoint)
         else:
             del self._ghosts[checkpoint]
         here = checkpoint.node.checkpoints

@@ -59,7 +59,7 @@ class EngineConfig:
     speculate: str = "auto"
     """none, mtp:K, ngram:K, both (mtp:K,ngram:K), or auto: the MTP head where the checkpoint has one, each request as
     deep as pays. Changes no token, whatever it says."""
-    force_acceptance: float | None = None
+    benchmark_force_acceptance: float | None = None
     """For benchmarks only: accept drafts at this rate, right or wrong. The answers are then wrong."""
     show_progress: bool = True
 
@@ -78,8 +78,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
-        if self.force_acceptance is not None and not 0.0 <= self.force_acceptance <= 1.0:
-            raise ConfigError(f"--benchmark-force-acceptance must be within [0, 1], got {self.force_acceptance}")
+        if self.benchmark_force_acceptance is not None and not 0.0 <= self.benchmark_force_acceptance <= 1.0:
+            raise ConfigError(f"--benchmark-force-acceptance must be within [0, 1], got {self.benchmark_force_acceptance}")
         if self.swap_space is not None and not 0.0 <= self.swap_space < float("inf"):
             raise ConfigError(f"--swap-space must be at least 0 (GiB), got {self.swap_space}")
         if self.cache_dir is not None and not self.enable_prefix_caching:

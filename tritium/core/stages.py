@@ -156,12 +156,24 @@ class RowPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class StateMove:
+    """A checkpoint between a slot and a place in host memory."""
+
+    slot: int
+    host: int
+    out: bool
+    """To the host; else from there."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one forward pass computes. Decode rows come first, then prefill chunks."""
 
     rows: tuple[RowPlan, ...]
     preempted: tuple[str, ...] = ()
     """Requests whose pages and slot were taken back while planning, for metrics and logs."""
+    moves: tuple[StateMove, ...] = ()
+    """Done in this order, before the forward pass reads or writes a slot."""
 
     @property
     def num_tokens(self) -> int:
@@ -314,6 +326,8 @@ class EngineStats:
     """Pages of the prefix cache that no request reads; `pages_used` leaves them out."""
     checkpoints: int = 0
     """Recurrent states in the prefix cache; `slots_used` leaves them out."""
+    checkpoints_host: int = 0
+    """Those that were evicted to host memory."""
     preemptions: int = 0
     prompt_tokens: int = 0
     """Prompt tokens of the requests that were admitted."""
@@ -321,6 +335,8 @@ class EngineStats:
     """Prompt tokens taken from the prefix cache, each request counted when it first ran."""
     prefix_miss_tokens: dict[str, int] = field(default_factory=dict)
     """The others by reason: never_seen, parted, pages_evicted, checkpoint_evicted."""
+    checkpoints_moved: dict[str, int] = field(default_factory=dict)
+    """Between slots and host memory: evicted, restored."""
     generated_tokens: int = 0
     steps: int = 0
     draft_proposed: tuple[int, ...] = ()

@@ -70,6 +70,9 @@ class Engine:
         speculation, proposer = _speculation(config, checkpoint.config.mtp_layers > 0)
         plan = plan_memory(checkpoint.config, config, target)
         log.info("%s", plan.table())
+        if config.benchmark_force_acceptance is not None:
+            log.warning("BENCHMARK ONLY: drafts are accepted at a rate of %g whether right or not; every answer is "
+                        "wrong", config.benchmark_force_acceptance)
         if not target.is_gpu:
             torch.set_num_threads(config.num_threads or _threads(plan, target.cores))
         dtype, device = getattr(torch, plan.dtype), torch.device(target.device)
@@ -84,13 +87,15 @@ class Engine:
             drafts=speculation.most,
         )
         pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots + plan.num_checkpoints)
-        cache = PrefixCache(pages, slots, host=SlotPool(plan.num_host_checkpoints)) if config.enable_prefix_caching else None
+        host = SlotPool(plan.num_host_checkpoints)
+        cache = PrefixCache(pages, slots, host=host) if config.enable_prefix_caching else None
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len)
         policy = DepthPolicy(speculation.most) if speculation.adaptive else None
         depth = policy.depth if policy else lambda request: speculation.most
         generation = directory / "generation_config.json"
         return cls(
-            Runner(model, caches, run_head=speculation.mtp > 0, force_acceptance=config.force_acceptance),
+            Runner(model, caches, run_head=speculation.mtp > 0, force_acceptance=config.benchmark_force_acceptance,
+                   host_places=plan.num_host_checkpoints),
             Scheduler(limits, pages, slots, cache=cache, proposer=proposer, depth=depth),
             plan=plan,
             pages=pages,

@@ -54,6 +54,8 @@ class Target:
     memory_available: int
     features: frozenset[str] = frozenset()
     """dot_fp16, dot_bf16, dot_int8, dot_fp8 (matrix products of the type), unified_memory, dependent_launch."""
+    host_memory: int = 0
+    """Bytes available beside a GPU; 0 where it has no memory of its own."""
     warp_size: int = 0
     shared_memory_per_workgroup: int = 0
 
@@ -150,6 +152,7 @@ def _probe_gpu(index: int) -> Target:
         memory_total=total,
         memory_available=free,
         features=frozenset(features),
+        host_memory=0 if properties.is_integrated else host_memory()[1],
         warp_size=properties.warp_size,
         shared_memory_per_workgroup=getattr(
             properties, "shared_memory_per_block_optin", properties.shared_memory_per_block

@@ -28,9 +28,10 @@ class Runner:
     """Holds the network and its pools; knows nothing of requests beyond the rows of a plan."""
 
     def __init__(self, model: Decoder, caches: Sequence[LayerCache], *, run_head: bool = False,
-                 force_acceptance: float | None = None) -> None:
+                 force_acceptance: float | None = None, host_places: int = 0) -> None:
         """`run_head`: let the MTP head follow and propose where rows want drafts; needs a checkpoint that has one.
-        `force_acceptance`: for benchmarks only, accept drafts at this rate whatever is right."""
+        `force_acceptance`: for benchmarks only, accept drafts at this rate whatever is right. `host_places`: of
+        checkpoints in host memory."""
         self.model = model
         self.caches = caches
         self.states = States(caches, kept_inputs=model.config.conv_width - 1, places=host_places)

@@ -185,8 +185,8 @@ class Reuse:
             self.cache.release(lease, ())
             return False
         slot = self.cache.take_slot()
-        source = None if match.checkpoint is None else match.checkpoint.slot
-        if slot is None and (slot := self.cache.take_over(lease)) is None:
+        source = self.cache.bring_back(lease, slot) if slot is not None else self.cache.take_over(lease)
+        if slot is None and (slot := source) is None:
             self.cache.release(lease, ())
             return False
         self.cache.make_room(own)
