@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -61,19 +62,19 @@ def server_process(*command: str) -> Iterator[Process]:
     environment = os.environ | {"PYTHONPATH": str(HERE)}
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
+    said: list[str] = []
     try:
         for line in process.stderr:
+            said.append(line)
             if found := re.search(r"serving on (\S+)", line):
                 break
         else:
-            raise AssertionError("the server did not start")
-        drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
+            raise AssertionError(f"the server did not start: {''.join(said)}")
+        threading.Thread(target=process.stderr.read, daemon=True).start()
         yield Process(found[1], process)
     finally:
         process.kill()
         process.wait()
-        process.stderr.close()
-        drain.wait()
 
 
 @dataclass

@@ -22,7 +22,14 @@ _STOP_REASONS = {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens
 class Thinking(Strict):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(default=None, ge=1)
-    display: Literal["summarized", "full", "omitted"] | None = None
+    display: Literal["summarized"] | None = None
+    """Thoughts are given whole."""
+
+
+class OutputConfig(Strict):
+    effort: str | None = None
+    format: dict[str, Any] | None = None
+    """{"type": "json_schema", "schema": ...}: what the answer must be."""
 
 
 class CountRequest(Strict):
@@ -35,6 +42,9 @@ class CountRequest(Strict):
     tools: list[Any] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: Any = None
+    """Accepted, here and in blocks: the prefix cache needs no marks."""
 
 
 class MessagesRequest(CountRequest):
@@ -60,6 +70,13 @@ def chat_fields(request: CountRequest) -> dict[str, Any]:
     fields |= _choice(request.tool_choice)
     if thinking and request.thinking is not None and request.thinking.budget_tokens is not None:
         fields["thinking_token_budget"] = request.thinking.budget_tokens
+    if (output := request.output_config) is not None:
+        fields["reasoning_effort"] = output.effort
+        if output.format is not None:
+            kind, schema = output.format.get("type"), output.format.get("schema")
+            if kind != "json_schema":
+                raise RequestError("output_config.format.type must be json_schema", param="output_config.format.type")
+            fields["response_format"] = {"type": kind, kind: {"name": "answer", "schema": schema}}
     if isinstance(request, MessagesRequest):
         fields |= {name: getattr(request, name) for name in ("max_tokens", "stream", "temperature", "top_p", "top_k")}
         fields["stop"] = request.stop_sequences
