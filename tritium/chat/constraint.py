@@ -76,8 +76,8 @@ class Grammars:
             self._inner = LLTokenizer(json.dumps(form), n_vocab=self.vocab_size, eos_token=list(self.eos_ids))
         return self._inner
 
-    def only(self, token: int) -> bytes:
-        return (1 << token).to_bytes(self._size, "little")
+    def only(self, *tokens: int) -> bytes:
+        return sum(1 << token for token in tokens).to_bytes(self._size, "little")
 
     def thought(self, tail: bytes) -> bytes:
         """All tokens but those that end the answer, and those that would spell the closing tag after `tail`: only the
@@ -123,6 +123,8 @@ class _State:
     """Whether the budget closed the thought."""
     matched: bool = False
     """Whether the matcher took this token."""
+    ended: bool = False
+    """Nothing but the end may follow any more."""
     astray: bool = False
     """A guess that is not allowed came before."""
 
@@ -187,17 +189,22 @@ class AnswerConstraint:
         if state.thinking:
             if token == self._grammars.end_think:
                 return _State(False, forced=self._gap())
-            tail = (state.tail + self._grammars.bytes_of(token))[-len(END_THINK) :] if self._matcher else b""
-            return self._spent(_State(True, state.thought + 1, tail))
+            if self._matcher is None:
+                return self._spent(_State(True, state.thought + 1))
+            tail = (state.tail + self._grammars.bytes_of(token))[-len(END_THINK) :]
+            astray = not self._grammars.thought(state.tail)[token // 8] >> token % 8 & 1
+            return self._spent(_State(True, state.thought + 1, tail, astray=astray))
         if self._matcher is None:
             return state
-        taken = self._matcher.try_consume_tokens([token]) == 1
+        if token in self._grammars.eos_ids:  # kept from the matcher, whose way back from the end is one token too long
+            return _State(False, ended=True, astray=not (state.ended or self._matcher.is_accepting()))
+        taken = not state.ended and self._matcher.try_consume_tokens([token]) == 1
         return _State(False, matched=taken, astray=not taken)
 
     def _spent(self, state: _State) -> _State:
         """The state, closing the thought where its budget is spent."""
         budget = self._rules.thinking_budget
-        if not state.thinking or budget is None or state.thought < budget:
+        if not state.thinking or state.astray or budget is None or state.thought < budget:
             return state
         return _State(False, forced=tuple(self._grammars.tokenizer.encode(_CLOSE)), cut=True)
 
@@ -207,9 +214,11 @@ class AnswerConstraint:
 
     def _mask(self, state: _State) -> bytes | None:
         if state.astray:
-            return b"\0" * len(self._grammars.only(0)) if len(self._states) == 1 else None
+            return self._grammars.only() if len(self._states) == 1 else None
         if state.forced:
             return self._grammars.only(state.forced[0])
+        if state.ended:
+            return self._grammars.only(*self._grammars.eos_ids)
         if self._matcher is None:
             return self._grammars.cut if state.cut else None
         return self._grammars.thought(state.tail) if state.thinking else self._matcher.compute_bitmask()

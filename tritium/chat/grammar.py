@@ -169,7 +169,7 @@ class _Function:
                                    param=self._where)
             value = self._value(i, _mapping(properties.get(name)), f"{self._where}.properties.{name}")
             parts.append(f"({_quote(f'<parameter={name}>{chr(10)}')} {value}){'' if name in required else '?'}")
-        if not properties and not self._strict and schema.get("additionalProperties", True) is not False:
+        if schema and "properties" not in schema and schema.get("additionalProperties", True) is not False:
             self._lines.append(f'{self._rule("any")}: "<parameter=" /[a-zA-Z_][a-zA-Z0-9_]*/ ">\\n" '
                                f"{self._text('ANY', ())}")
             parts.append(f"{self._rule('any')}*")
