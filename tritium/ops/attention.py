@@ -22,7 +22,7 @@ from tritium.ops.spans import Spans
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 PAGE = 64
-QUERY_TILE = 64
+QUERY_TILE = 256
 """Tokens of one row that are attended together."""
 PAGE_BLOCK = 32
 """Pages whose scores are held at once; blocks start at multiples of this, whatever the row."""
