@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tritium.cli import options
-from tritium.cli.render import Printer
+from tritium.cli.render import Printer, drafts
 from tritium.core import SamplingParams, TritiumError
 
 if TYPE_CHECKING:
@@ -23,10 +23,11 @@ HELP = "/reset starts over, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 @click.command()
 @click.argument("model", required=False)
 @click.option("--system", default=None, help="System message.")
+@click.option("--stats", is_flag=True, help="Tell after every answer how long it took and what became of its drafts.")
 @options.thinking_flag
 @options.sampling_flags
 @options.engine_flags
-def chat(model: str | None, system: str | None, **flags: Any) -> None:
+def chat(model: str | None, system: str | None, stats: bool, **flags: Any) -> None:
     """Talk with MODEL. Lines on stdin are the user's turns, also when stdin is not a terminal.
 
     /reset starts over, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer.
@@ -39,7 +40,7 @@ def chat(model: str | None, system: str | None, **flags: Any) -> None:
     from tritium.api import Session
 
     session = Session.load(config)
-    talk = Conversation(session, session.door.default_sampling(**given), template, system)
+    talk = Conversation(session, session.door.default_sampling(**given), template, system, stats=stats)
     with asyncio.Runner() as runner:
         try:
             if sys.stdin.isatty():
@@ -57,7 +58,8 @@ class Conversation:
     """The turns so far. A turn that failed or was stopped before any text leaves no trace in them."""
 
     def __init__(self, session: Session, sampling: SamplingParams, template: dict[str, Any],
-                 system: str | None) -> None:
+                 system: str | None, *, stats: bool = False) -> None:
+        self.stats = stats
         self.session = session
         self.sampling = sampling
         self.template = template
@@ -72,14 +74,22 @@ class Conversation:
         printer = Printer(headings=not sys.stderr.isatty())
         question = {"role": "user", "content": line}
 
+        closing: list[str] = []
+
         async def answer() -> None:
             turns = [*self.messages, question]
             async for event in self.session.chat(turns, self.sampling, template_kwargs=self.template):
                 printer.show(event)
+                if self.stats and event.usage and event.timing:
+                    speed = event.usage.completion_tokens / max(event.timing.total, 1e-9)
+                    told = f"{event.timing.total:.2f} s, {speed:.0f} tokens a second; drafts: {drafts(event.usage)}"
+                    closing.append(f"({told})")
 
         try:
             runner.run(answer())
             printer.end()
+            for line in closing:
+                click.secho(line, err=True, dim=True)
         except KeyboardInterrupt:
             printer.end()
             click.secho("(stopped)", err=True, dim=True)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import click
 
 import tritium
+from tritium.cli.bench import bench
 from tritium.cli.chat import chat
 from tritium.cli.doctor import doctor
 from tritium.cli.evaluate import evaluate
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for command in (serve, chat, generate, evaluate, doctor):
+for command in (serve, chat, generate, evaluate, bench, doctor):
     cli.add_command(command)
 
 

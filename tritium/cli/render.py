@@ -69,4 +69,14 @@ def time_table(loading: float, usage: Usage, timing: Timing, phases: Mapping[str
     spent = sum(phases.values())
     if spent > 0:
         lines.append("  steps    " + ", ".join(f"{name} {100 * s / spent:.0f} %" for name, s in phases.items()))
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  drafts   {drafts(usage)}"])
+
+
+def drafts(usage: Usage) -> str:
+    """What became of the tokens that were guessed."""
+    guessed = usage.accepted_drafts + usage.rejected_drafts
+    if not guessed:
+        return "none"
+    share = 100 * usage.accepted_drafts / guessed
+    return (f"{usage.accepted_drafts} of {guessed} right ({share:.0f} %), "
+            f"{usage.completion_tokens} tokens in {usage.completion_tokens - usage.accepted_drafts} steps")

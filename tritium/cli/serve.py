@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from tritium.cli import options
+from tritium.core import ConfigError
 
 
 @click.command()
@@ -34,10 +35,14 @@ from tritium.cli import options
               help="How long answers may go on after SIGTERM or Ctrl-C; a second one ends all at once.")
 @click.option("--log-format", type=click.Choice(("text", "json", "none")), default="text", show_default=True,
               help="A line for every request.")
+@click.option("--yes-outputs-are-wrong", is_flag=True, help="Serve with --benchmark-force-acceptance all the same.")
 @options.engine_flags
-def serve(model: str | None, **flags: Any) -> None:
+def serve(model: str | None, yes_outputs_are_wrong: bool, **flags: Any) -> None:
     """Serve MODEL over HTTP with OpenAI's and Anthropic's APIs."""
     config = options.engine_config(flags, model)
+    if config.benchmark_force_acceptance is not None and not yes_outputs_are_wrong:
+        raise ConfigError("--benchmark-force-acceptance makes every answer wrong",
+                          hint="leave it out, or add --yes-outputs-are-wrong to measure a server")
 
     from tritium.api import Limits
     from tritium.server import ServerSettings

@@ -42,6 +42,9 @@ def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str
         by_position = [a / p for a, p in zip(stats.draft_accepted, stats.draft_proposed) if p]
         figures["mtp_acceptance"] = by_position[0] if by_position else None
         figures["acceptance_by_position"] = by_position
+        figures["tokens_per_forward"] = stats.generated_tokens / max(1, stats.decode_rows)
+        if stats.forced_acceptance is not None:
+            figures["forced_acceptance"] = stats.forced_acceptance
         figures["generated_tokens"] = stats.generated_tokens
         figures["prompt_tokens"] = stats.prompt_tokens
         figures["seconds"] = round(time.perf_counter() - begin, 1)
@@ -73,6 +76,11 @@ def table(figures: Mapping[str, Any]) -> str:
         value, target = figures[kind], TARGETS.get(kind)
         shown = "no head" if value is None else f"{value:8.1%}"
         lines.append(f"  {kind:<16}{shown:>8}" + (f"   (target {target:.0%})" if target else ""))
+    if figures["acceptance_by_position"]:
+        shares = ", ".join(f"{share:.0%}" for share in figures["acceptance_by_position"])
+        lines.append(f"  drafts accepted by position: {shares}; {figures['tokens_per_forward']:.2f} tokens per forward")
+    if "forced_acceptance" in figures:
+        lines.append("  BENCHMARK ONLY: acceptance was forced, the answers are wrong")
     rate = figures["generated_tokens"] / figures["seconds"]
     lines.append(
         f"  {figures['generated_tokens']:,} tokens generated after {figures['prompt_tokens']:,} of prompt "

@@ -63,7 +63,8 @@ class Guard:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 caller.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", caller.request_id.encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", caller.request_id.encode()),
+                                      *self._metrics.warning_headers()]
             await send(message)
 
         try:

@@ -32,7 +32,8 @@ _COUNTERS = {
     "decode_rows": "decode_rows: Rows of forward passes that gave tokens; tokens per forward is generated over this",
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.03, 0.1, 1.0)
+_OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0003, 0.0004, 0.0005, 0.0006, 0.0008, 0.001, 0.00125, 0.0015, 0.00175, 0.002,
+                     0.0025, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.03, 0.1, 1.0)
 _TOKENS = tuple(float(4**i) for i in range(11))
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
@@ -41,6 +42,7 @@ class Metrics:
     """All names begin with `tritium_`. Its own registry, so that two servers in one process do not meet."""
 
     def __init__(self, session: Session) -> None:
+        self._session = session
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(session))
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)
@@ -86,6 +88,11 @@ class Metrics:
         self._http.labels(path, str(status)).inc()
         self._http_seconds.labels(path).observe(seconds)
 
+    def warning_headers(self) -> list[tuple[bytes, bytes]]:
+        """For every response, when its answers cannot be trusted."""
+        forced = self._session.stats().forced_acceptance
+        return [] if forced is None else [(b"x-tritium-benchmark", b"forced acceptance: answers are wrong")]
+
     def render(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
@@ -118,7 +125,7 @@ class _EngineCollector(Collector):
             "tritium_draft_seconds_saved_estimate", "Seconds that drafts saved, by the cost model of --speculate auto",
             value=stats.draft_seconds_saved)
         if stats.forced_acceptance is not None:
-            yield GaugeMetricFamily("tritium_forced_acceptance", "Rate of --benchmark-force-acceptance: answers are wrong",
+            yield GaugeMetricFamily("tritium_forced_acceptance", "--benchmark-force-acceptance: answers are wrong",
                                     value=stats.forced_acceptance)
         for name, counts in (("proposed", stats.draft_proposed), ("accepted", stats.draft_accepted)):
             yield _labelled(f"draft_tokens_{name}", f"Drafts {name}, by position", "position",
