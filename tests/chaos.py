@@ -59,7 +59,7 @@ class Process:
 
 @contextmanager
 def server_process(*command: str) -> Iterator[Process]:
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     said: list[str] = []

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from served import rambles, says, scripted, served
 
-from tritium.bench.load import Load, main, run_load
+from tritium.bench.load import Load, _bucket_quantiles, main, run_load
 from tritium.core import ConfigError, RequestError
 
 
@@ -87,3 +87,16 @@ def test_the_command_ends_in_one_json_line():
     assert json.loads(result.stdout.splitlines()[-1])["completed"] == 2
     assert len(result.stdout.splitlines()) == 1
     assert "tokens/s" in result.stderr
+
+
+def test_quantiles_of_a_histogram():
+    """Ten values up to 1, eighty more up to 2, ten above: the median is where half of all lie below."""
+    found = _bucket_quantiles({1.0: 10, 2.0: 90, 4.0: 100, float("inf"): 100})
+    assert found == {"p50": 1.5, "p90": 2.0, "p99": 3.8}
+    assert _bucket_quantiles({1.0: 0, float("inf"): 0}) == {}
+
+
+def test_the_servers_own_time_is_told():
+    with served(rambles(step_seconds=0.01)) as server:
+        report = run_load(server.url, Load(clients=4, requests=4, max_tokens=20))
+    assert 0 < report.overhead["p50"] <= report.overhead["p99"] < 1

@@ -102,6 +102,9 @@ class LoadReport:
     """Time per token after the first, one value an answer."""
     itl: dict[str, float]
     """Time between two pieces of an answer."""
+    overhead: dict[str, float]
+    """Server's own time a token: from the end of the engine's step to the bytes handed to the socket, as the server
+    measures it; quantiles within the buckets of its histogram."""
     freed_seconds: float | None
     """From the last kill until the server held nothing for the killed (None: nothing was killed, or never)."""
     idle_seconds: float | None
@@ -112,7 +115,7 @@ class LoadReport:
         rows = [("", *self.ttft)] + [
             (name, *(f"{1000 * value:.1f} ms" for value in values.values()))
             for name, values in (("time to first token", self.ttft), ("time per output token", self.tpot),
-                                 ("between pieces", self.itl))
+                                 ("between pieces", self.itl), ("server's own, a token", self.overhead))
         ]
         lines = ["".join(f"{cell:>24}" if i == 0 else f"{cell:>13}" for i, cell in enumerate(row)) for row in rows]
         lines += [
@@ -152,6 +155,7 @@ class _Run:
             self._last_kill = asyncio.get_running_loop().create_future()
             before = await self._held(http)
             prompt_pages = await self._pages_of_an_answer(http)
+            overhead = await self._overhead(http)
             watch = asyncio.ensure_future(self._watch_kills(http, before, prompt_pages))
             begin = time.monotonic()
             queue = iter(range(self._load.requests))
@@ -165,8 +169,10 @@ class _Run:
             if not self._last_kill.done():
                 watch.cancel()
             freed = (await asyncio.gather(watch, return_exceptions=True))[0]
+            overhead = {bound: count - overhead.get(bound, 0.0) for bound, count in
+                        (await self._overhead(http)).items()}
             verified = await self._verify(http)
-        return self._summary(end - begin, freed if isinstance(freed, float) else None, idle, verified)
+        return self._summary(end - begin, freed if isinstance(freed, float) else None, idle, verified, overhead)
 
     async def _client(self, http: httpx.AsyncClient, queue: Any) -> None:
         for i in queue:
@@ -226,16 +232,23 @@ class _Run:
         return None
 
     async def _held(self, http: httpx.AsyncClient) -> tuple[float, float]:
-        """Pages and slots in use, from /metrics."""
-        values = {}
+        """Pages and slots in use."""
+        values = await self._metrics(http)
+        return values["tritium_kv_pages_used"], values["tritium_state_slots_used"]
+
+    async def _overhead(self, http: httpx.AsyncClient) -> dict[float, float]:
+        """Upper bound in seconds -> tokens so far that took at most as long."""
+        prefix, suffix = 'tritium_server_overhead_seconds_bucket{le="', '"}'
+        return {float(name[len(prefix) : -len(suffix)]): count for name, count in (await self._metrics(http)).items()
+                if name.startswith(prefix)}
+
+    async def _metrics(self, http: httpx.AsyncClient) -> dict[str, float]:
         try:
             page = (await http.get("/metrics")).raise_for_status().text
         except httpx.HTTPError as error:
             raise ConfigError(f"no server answers at {self._url}/metrics: {error}", hint="tritium serve") from None
-        for line in page.splitlines():
-            name, _, value = line.rpartition(" ")
-            values[name] = value
-        return float(values["tritium_kv_pages_used"]), float(values["tritium_state_slots_used"])
+        lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
 
     async def _pages_of_an_answer(self, http: httpx.AsyncClient) -> int:
         """Most pages that one request of this load can hold."""
@@ -254,7 +267,8 @@ class _Run:
             same.append(_text(choice["message"] if self._load.chat else choice) == self._streams[i].text)
         return same
 
-    def _summary(self, seconds: float, freed: float | None, idle: float | None, verified: list[bool]) -> LoadReport:
+    def _summary(self, seconds: float, freed: float | None, idle: float | None, verified: list[bool],
+                 overhead: dict[float, float]) -> LoadReport:
         done = [stream for stream in self._streams if stream.finished and stream.error is None]
         errors = [stream for stream in self._streams if not stream.finished and not stream.killed]
         tokens = sum(stream.tokens for stream in done)
@@ -273,6 +287,7 @@ class _Run:
             ttft=_quantiles([stream.arrivals[0] - stream.started for stream in spoken]),
             tpot=_quantiles([(s.arrivals[-1] - s.arrivals[0]) / (s.tokens - 1) for s in spoken if s.tokens > 1]),
             itl=_quantiles([b - a for s in spoken for a, b in zip(s.arrivals, s.arrivals[1:])]),
+            overhead=_bucket_quantiles(overhead),
             freed_seconds=freed,
             idle_seconds=idle,
             first_error=next((stream.error or "not finished in time" for stream in errors), None),
@@ -300,6 +315,21 @@ def _quantiles(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     picked = {f"p{100 * q:g}": ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)] for q in _QUANTILES}
     return picked | {"max": ordered[-1]}
+
+
+def _bucket_quantiles(at_most: dict[float, float]) -> dict[str, float]:
+    """Of a histogram (upper bound -> how many values are at most that), each bucket taken as evenly filled."""
+    bounds = sorted(at_most)
+    total = at_most[bounds[-1]] if bounds else 0
+    if not total:
+        return {}
+    found = {}
+    for q in _QUANTILES:
+        i = next(i for i, bound in enumerate(bounds) if at_most[bound] >= q * total)
+        low, below = (bounds[i - 1], at_most[bounds[i - 1]]) if i else (0.0, 0.0)
+        high = bounds[i] if math.isfinite(bounds[i]) else low
+        found[f"p{100 * q:g}"] = low + (high - low) * (q * total - below) / (at_most[bounds[i]] - below)
+    return found
 
 
 def _seconds(value: float | None) -> str:
