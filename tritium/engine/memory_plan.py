@@ -194,7 +194,7 @@ def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int
     attention  T (2 nq + 2 nkv) d w + 12 T nq d                  projections; query, sum, output
                + 2048 r (2 nkv d (w + 4) + 8 m)  keys and values of 32 pages, their scores and weights, for r = 16
                                                  decode rows of m = max((D + 1) nq, 8 nkv) for D drafts, or one
-                                                 prefill row of m = 64 nq
+                                                 prefill row of m = 256 nq
     MLP        3 T I (w + 4)                     gate, up, product
     experts    3 T (Im + Is) (w + 4) + T K H (w + 4) + 20 T E    one expert may get every token; outputs; router
     rope       4 L (rotary dims)
@@ -209,7 +209,7 @@ def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int
 
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     decode = 16 * (2 * keys * both + 8 * max((drafts + 1) * config.num_heads, 8 * config.num_kv_heads))
-    prefill = 2 * keys * both + 8 * 64 * config.num_heads
+    prefill = 2 * keys * both + 8 * 256 * config.num_heads
     attention = tokens * (2 * (queries + keys) * width + 12 * queries) + 2048 * max(decode, prefill)
 
     mlp = 3 * tokens * config.intermediate_size * both
