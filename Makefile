@@ -17,6 +17,7 @@ help:
 	@echo "make check   lint, types, layers, size"
 	@echo "make soak    ten minutes of every kind of client at a server whose engine is killed now and then"
 	@echo "make fuzz    2,000 and more requests made from the server's OpenAPI document"
+	@echo "make schemas all JSON schemas through the embedded model (minutes)"
 	@echo "make gpu     the tests that need a GPU"
 	@echo "make clean   remove .venv and the caches"
 
@@ -45,6 +46,10 @@ soak: .venv/.dev
 
 fuzz: .venv/.dev
 	$(BIN)/python tests/openapi_fuzz.py --cases 2000
+
+.PHONY: schemas
+schemas: .venv/.dev
+	$(BIN)/pytest -m slow tests/test_structured.py $(PYTEST_ARGS)
 
 gpu: .venv/.dev
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: torch sees no GPU here")'

@@ -151,7 +151,9 @@ def test_answers_are_valid_json_of_their_schemas(llm: LLM, thinking: bool, seed:
 @pytest.mark.slow
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("batch", [1, 16])
-def test_every_schema(llm: LLM, thinking: bool, batch: int, seed: int) -> None:
+def test_every_schema(request: pytest.FixtureRequest, llm: LLM, thinking: bool, batch: int, seed: int) -> None:
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("long: make schemas")
     check_schemas(llm, schemas(seed), batch, thinking)
 
 
