@@ -7,14 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tritium.chat import TextStream
+from tritium.chat import TextDelta, TextStream, Written
 from tritium.core import Event, FinishReason, Request, Timing, TokenEvent, TokenLogprob, ToolCall, Usage
 
 
 class Answer:
     """One choice while it is generated: the engine's request and the text that its tokens become."""
 
-    def __init__(self, request: Request, index: int, text: TextStream, *, keep_stop: bool = False) -> None:
+    def __init__(self, request: Request, index: int, text: TextStream, *, keep_stop: bool = False,
+                 written: Written | None = None) -> None:
         self.request = request
         self.index = index
         self.finished = False
@@ -24,6 +25,8 @@ class Answer:
         self._cached_tokens = 0
         self._accepted = self._rejected = 0
         self._called_tools = False
+        self._written = written
+        self._whole = Completion(index, [])
         self._first_token_at: float | None = None
 
     def take(self, event: TokenEvent, made_at: float = 0.0) -> Event:
@@ -40,6 +43,8 @@ class Answer:
         used = len(event.tokens) if delta.stopped_by is None else self._text.tokens_used - before
         self._completion_tokens += used
         self._called_tools |= bool(delta.tool_calls)
+        if self._written is not None:
+            self._keep(delta, event)
         reason = event.finish_reason if delta.stopped_by is None else FinishReason.STOP
         self._cached_tokens = event.cached_tokens
         self._accepted += min(event.num_accepted, used)
@@ -63,6 +68,15 @@ class Answer:
             error=event.error,
             made_at=made_at,
         )
+
+    def _keep(self, delta: TextDelta, event: TokenEvent) -> None:
+        """Remember the answer as it was written, when it ended by itself."""
+        whole = self._whole
+        whole.text, whole.reasoning = whole.text + delta.text, whole.reasoning + delta.reasoning
+        whole.tool_calls += delta.tool_calls
+        whole.token_ids += event.tokens
+        if event.stop_token is not None and delta.stopped_by is None and self._written is not None:
+            self._written.remember(whole.text, whole.reasoning, whole.tool_calls, whole.token_ids[:-1])
 
     @property
     def usage(self) -> Usage:

@@ -19,6 +19,7 @@ from tritium.chat import (
     ChatFormat,
     Grammars,
     ToolRules,
+    Written,
     answer_grammar,
     check_tools,
     ends_in_think,
@@ -71,6 +72,7 @@ class Door:
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._served = itertools.count()
         self.grammars = Grammars(chat.tokenizer, self.vocab_size, engine.model_config.eos_ids)
+        self.written = Written()
         self._turn_start = chat.tokenizer.token_id("<|im_start|>")
 
     def default_sampling(self, **overrides: Any) -> SamplingParams:
@@ -104,12 +106,18 @@ class Door:
 
     def encode_chat(self, messages: Sequence[Message], tools: object = None, *, add_generation_prompt: bool = True,
                     template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
-        """The conversation through the checkpoint's chat template, as ids."""
+        """The conversation through the checkpoint's chat template, as ids; answers that come back unchanged, as the ids
+        that they were."""
         if images_in(messages):
             raise RequestError("messages must be text only: images and videos are not supported", param="messages")
-        text = self.chat.render(messages, tools=tools, add_generation_prompt=add_generation_prompt,
-                                template_kwargs=template_kwargs)
-        return self._encode_text(text, "messages", False)
+
+        def render(told: Sequence[Any]) -> str:
+            return self.chat.render(told, tools=tools, add_generation_prompt=add_generation_prompt,
+                                    template_kwargs=template_kwargs)
+
+        if not isinstance(messages, (list, tuple)):
+            return self._encode_text(render(messages), "messages", False)
+        return self.written.encode(messages, render, lambda text: self._encode_text(text, "messages", False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
@@ -177,7 +185,8 @@ class Door:
             include_stop=options.include_stop_str_in_output,
             min_tokens=sampling.min_tokens,
         )
-        return Answer(request, index, text, keep_stop=options.include_stop_str_in_output)
+        return Answer(request, index, text, keep_stop=options.include_stop_str_in_output,
+                      written=self.written if options.chat else None)
 
     def _grammar(self, sampling: SamplingParams, options: TextOptions) -> str | None:
         """What is to be enforced on the answer after its thought."""

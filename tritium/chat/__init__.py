@@ -8,6 +8,7 @@ from tritium.chat.messages import check_tools, images_in
 from tritium.chat.reasoning import ends_in_think
 from tritium.chat.stream import TextDelta, TextStream
 from tritium.chat.tokenizer import Tokenizer
+from tritium.chat.written import Written
 
 __all__ = [
     "AnswerFormat",
@@ -17,6 +18,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "ToolRules",
+    "Written",
     "answer_grammar",
     "byte_chat_format",
     "check_tools",
