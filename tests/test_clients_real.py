@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from chaos import server_process
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 import tritium
 
@@ -98,8 +98,8 @@ class Unit(Enum):
     PEARS = "pears"
 
 
-class Count(BaseModel):
-    number: int
+class Count(BaseModel, extra="forbid"):
+    number: int = Field(ge=0, le=99)
     unit: Unit
 
 
