@@ -100,7 +100,7 @@ def test_a_prefix_cache_gets_pages_and_checkpoints_of_its_own() -> None:
     assert plan_memory(M08B, EngineConfig(num_checkpoints=5), H200).num_checkpoints == 5
     on_cpu = plan_memory(M08B, EngineConfig(max_num_seqs=4), LAPTOP)
     assert on_cpu.num_checkpoints * on_cpu.bytes_per_slot <= 256 << 20
-    with pytest.raises(CapacityError, match="--num-checkpoints 9999 asks for .* of state"):
+    with pytest.raises(CapacityError, match=r"--num-checkpoints 9999 asks for .* of state"):
         plan_memory(M27B, EngineConfig(num_checkpoints=9999), H200)
 
 

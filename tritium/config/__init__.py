@@ -79,7 +79,8 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
         if self.benchmark_force_acceptance is not None and not 0.0 <= self.benchmark_force_acceptance <= 1.0:
-            raise ConfigError(f"--benchmark-force-acceptance must be within [0, 1], got {self.benchmark_force_acceptance}")
+            given = self.benchmark_force_acceptance
+            raise ConfigError(f"--benchmark-force-acceptance must be within [0, 1], got {given}")
         if self.swap_space is not None and not 0.0 <= self.swap_space < float("inf"):
             raise ConfigError(f"--swap-space must be at least 0 (GiB), got {self.swap_space}")
         if self.cache_dir is not None and not self.enable_prefix_caching:
