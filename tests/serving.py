@@ -31,8 +31,8 @@ def assemble(
     proposer: Proposer | None = None,
     depth: Callable[[Request], int] = lambda request: 0,
 ) -> Engine:
-    """An engine over the same network and memory. `checkpoints`: slots of the prefix cache; None: no prefix cache; `host`: those
-    in host memory."""
+    """An engine over the same network and memory. `checkpoints`: slots of the prefix cache; None: no prefix cache.
+    `host`: places for evicted checkpoints in host memory."""
     page_pool, slots = PagePool(pages), SlotPool(seqs + (checkpoints or 0))
     cache = None if checkpoints is None else PrefixCache(page_pool, slots, host=SlotPool(host))
     limits = Limits(seqs, budget, engine.max_model_len)

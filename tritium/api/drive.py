@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tritium.api.engine_core import EngineCore
-from tritium.core import EngineDeadError, EngineStats, Request, RequestError, TokenEvent
+from tritium.core import (
+    CacheCall,
+    EngineDeadError,
+    EngineStats,
+    Request,
+    RequestError,
+    TokenEvent,
+    TritiumError,
+)
 from tritium.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-Command = Request | str | None
-"""A request to add, an id to abort, None to stop."""
+Command = Request | str | CacheCall | None
+"""A request to add, an id to abort, something to do with the cache, None to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +39,12 @@ class EngineFacts:
     max_model_len: int
     max_num_seqs: int
     generation_defaults: Mapping[str, Any]
+    keeps_cache: bool
 
     @classmethod
     def of(cls, engine: EngineCore) -> EngineFacts:
         return cls(engine.model_config, engine.directory, engine.max_model_len, engine.max_num_seqs,
-                   dict(engine.generation_defaults))
+                   dict(engine.generation_defaults), engine.keeps_cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,8 @@ class Report:
     made_at: float
     """End of the step, on the monotonic clock that all processes of a machine share."""
     refused: tuple[tuple[str, RequestError], ...] = ()
+    kept: tuple[tuple[str, dict[str, Any] | TritiumError], ...] = ()
+    """What came of each `CacheCall`, by its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,7 @@ class Driver(Protocol):
 
     def start(self, tell: Tell) -> None: ...
 
-    def send(self, command: Request | str) -> None:
+    def send(self, command: Request | str | CacheCall) -> None:
         """Never blocks. What is sent to an engine that died is lost: `Died` is told in any case."""
         ...
 
@@ -84,6 +95,7 @@ def drive(engine: EngineCore, commands: queue.SimpleQueue[Command], tell: Callab
     """Serve an engine until None is commanded, sleeping while there is nothing to do."""
     while True:
         refused: list[tuple[str, RequestError]] = []
+        kept: list[tuple[str, dict[str, Any] | TritiumError]] = []
         obeyed = 0
         while True:
             try:
@@ -96,12 +108,22 @@ def drive(engine: EngineCore, commands: queue.SimpleQueue[Command], tell: Callab
             if isinstance(command, str):
                 engine.abort(command)
                 continue
+            if isinstance(command, CacheCall):
+                kept.append((command.id, _kept(engine, command)))
+                continue
             try:
                 engine.add(command)
             except RequestError as error:
                 refused.append((command.id, error))
         events = engine.step() if engine.has_work else []
-        tell(Report(events, engine.stats(), time.monotonic(), tuple(refused)))
+        tell(Report(events, engine.stats(), time.monotonic(), tuple(refused), tuple(kept)))
+
+
+def _kept(engine: EngineCore, call: CacheCall) -> dict[str, Any] | TritiumError:
+    try:
+        return engine.keep(call)
+    except TritiumError as error:
+        return error
 
 
 def died(error: BaseException) -> Died:
@@ -127,7 +149,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, args=(tell,), name="tritium-engine", daemon=True)
         self._thread.start()
 
-    def send(self, command: Request | str) -> None:
+    def send(self, command: Request | str | CacheCall) -> None:
         self._commands.put(command)
 
     def close(self) -> None:

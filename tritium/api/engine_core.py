@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tritium.core import EngineStats, Request, TokenEvent
+from tritium.core import CacheCall, EngineStats, Request, TokenEvent
 from tritium.models.config import ModelConfig
 
 
@@ -51,5 +51,15 @@ class EngineCore(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the prefix cache is to be saved at the end."""
+        ...
+
+    def keep(self, call: CacheCall) -> dict[str, Any]:
+        """Save, load or flush the prefix cache; what was done, in numbers. Raises `CacheFileError` or `RequestError`,
+        and then nothing was."""
+        ...
 
     def close(self) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -14,7 +15,9 @@ from tritium.api.door import Door, Message, Prompts, TextOptions, load
 from tritium.api.engine_core import EngineCore
 from tritium.chat import ChatFormat
 from tritium.config import EngineConfig
-from tritium.core import EngineStats, RequestError, SamplingParams, TritiumError
+from tritium.core import CacheCall, CacheFileError, EngineStats, RequestError, SamplingParams, TritiumError
+
+log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -111,6 +114,12 @@ class LLM:
         return self._engine.stats()
 
     def close(self) -> None:
+        """Stop the engine, and with a `cache_dir` save what it computed."""
+        if self._engine.keeps_cache:
+            try:
+                self._engine.keep(CacheCall("end", "save"))
+            except CacheFileError as error:
+                log.warning("the prefix cache is not saved: %s", error)
         self._engine.close()
 
     def __enter__(self) -> LLM:

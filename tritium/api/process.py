@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 
 from tritium.api.drive import Command, Died, EngineFacts, Revived, Tell, died, drive
 from tritium.api.engine_core import EngineCore
-from tritium.core import EngineDeadError, Request, TritiumError
+from tritium.core import CacheCall, EngineDeadError, Request, TritiumError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class EngineProcess:
         self._watcher = threading.Thread(target=self._watch, args=(tell,), name="tritium-engine", daemon=True)
         self._watcher.start()
 
-    def send(self, command: Request | str) -> None:
+    def send(self, command: Request | str | CacheCall) -> None:
         self._child.outbox.put(command)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tritium.core import (
     PAGE_TOKENS,
+    CacheCall,
     EngineStats,
     FinishReason,
     Request,
@@ -109,6 +110,11 @@ class ScriptedEngine:
             slots_used=len(self._running),
             pages_used=sum(math.ceil(request.num_tokens / PAGE_TOKENS) for request in self._running.values()),
         )
+
+    keeps_cache = False
+
+    def keep(self, call: CacheCall) -> dict[str, Any]:
+        raise RequestError("a scripted engine has no cache")
 
     def close(self) -> None:
         self.closed = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from tritium.api.process import EngineProcess
 from tritium.chat import ChatFormat
 from tritium.config import EngineConfig
 from tritium.core import (
+    CacheCall,
     EngineDeadError,
     EngineStats,
     Event,
@@ -52,7 +54,10 @@ class Session:
         self._inboxes: dict[str, _Inbox] = {}
         self._stats = EngineStats()
         self._error: EngineDeadError | None = None
-        self._closing = False
+        self._closing = self._dead = False
+        self._saving: asyncio.Task[None] | None = None
+        self._calls: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._num_calls = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
@@ -129,6 +134,34 @@ class Session:
             messages, sampling, tools=tools, add_generation_prompt=add_generation_prompt,
             template_kwargs=template_kwargs, options=options, priority=priority), key, priority)
 
+    async def keep(self, action: str, name: str = "", ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """Save, load or flush the prefix cache (see `CacheCall`), between two steps; what was done, in numbers.
+
+        Raises `CacheFileError` for a file that cannot be written or must not be loaded, `RequestError`,
+        `EngineDeadError`.
+        """
+        if self._error is not None:
+            raise self._error
+        return await self._keep(action, name, ids)
+
+    async def _keep(self, action: str, name: str = "", ids: Sequence[int] | None = None) -> dict[str, Any]:
+        self.start()
+        call = CacheCall(f"c{next(self._num_calls)}", action, name, None if ids is None else tuple(ids))
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._calls[call.id] = answer
+        self._driver.send(call)
+        try:
+            return await answer
+        finally:
+            del self._calls[call.id]
+
+    async def _save(self) -> None:
+        try:
+            done = await self._keep("save")
+            log.warning("%(tokens)d cached tokens saved in %(seconds)g s", done)
+        except TritiumError as error:
+            log.warning("the prefix cache is not saved: %s", error)
+
     async def drain(self, seconds: float) -> None:
         """Refuse new requests from now on, and wait at most so long for those that are here."""
         self._closing, self._error = True, EngineDeadError("the server is shutting down")
@@ -140,6 +173,9 @@ class Session:
         """Drain, abort the rest, stop the engine."""
         await self.drain(drain_seconds)
         self._fail(self._error or EngineDeadError("the server is shutting down"))
+        if self._driver.facts.keeps_cache and self._loop is not None and not self._dead:
+            self._saving = self._saving or asyncio.ensure_future(self._save())
+            await self._saving
         await asyncio.to_thread(self._driver.close)
 
     async def __aenter__(self) -> Session:
@@ -234,14 +270,26 @@ class Session:
             for request_id, error in told.refused:
                 if (inbox := self._inboxes.get(request_id)) is not None:
                     inbox.fail(error)
+            for call_id, done in told.kept:
+                answer = self._calls.get(call_id)
+                if answer is None or answer.done():
+                    continue
+                if isinstance(done, TritiumError):
+                    answer.set_exception(done)
+                else:
+                    answer.set_result(done)
             for event in told.events:
                 if (inbox := self._inboxes.get(event.request_id)) is not None:
                     inbox.put(event, told.made_at)
         elif isinstance(told, Died):
             self._stats = emptied(self._stats)
+            self._dead = True
             self._fail(told.error)
+            for answer in self._calls.values():
+                if not answer.done():
+                    answer.set_exception(told.error)
         elif not self._closing:
-            self._error, self._stats = None, EngineStats()
+            self._error, self._stats, self._dead = None, EngineStats(), False
             self.restarts += 1
 
     def _fail(self, error: EngineDeadError) -> None:

@@ -278,14 +278,14 @@ class PrefixCache:
                 pages[node.end // PAGE_TOKENS] = child.page
                 changed = True
             else:
-                child = self._put(lease, key, pages)
+                child = self._put(lease, key, pages[node.end // PAGE_TOKENS])
             lease.node, lease.tail = child, None
         node = lease.node
         if tail and upto > node.end:
             key = ids(node.end, upto)
             _, common = _nearest(node, key)
             if common < len(key):
-                lease.tail = self._put(lease, key, pages)
+                lease.tail = self._put(lease, key, pages[node.end // PAGE_TOKENS])
         return changed
 
     def attach(self, lease: Lease, ids: Tokens, position: int, slot: int, *, cold: bool = False) -> None:
@@ -373,14 +373,115 @@ class PrefixCache:
             yield (node := stack.pop())
             stack += node.nodes
 
+    # ---- to and from files ------------------------------------------------------------------------------------
+
+    def holdings(self, ids: Ids | None = None) -> tuple[list[tuple[Node, int]], list[tuple[int, Checkpoint]]]:
+        """What a file would hold: pages with how many of their tokens, parents first; and checkpoints, each with the
+        index of a page that covers it. Those used last come first. With `ids`: the pages of these tokens, and all
+        that continues them."""
+        chosen = None if ids is None else self._chosen(ids)
+        leaves = [node for node in self.walk() if not node.nodes and node not in self._leaves]
+        pages: dict[Node, int] = {}
+        for leaf in (*leaves, *reversed(self._leaves)):
+            path, node = [], leaf
+            while node.parent is not None and node not in pages:
+                path.append(node)
+                node = node.parent
+            pages |= {node: len(node.key) for node in reversed(path) if chosen is None or node in chosen}
+        if chosen is not None:
+            pages = {node: chosen[node] for node in pages}
+        found: dict[Checkpoint, int] = {}
+        for i, (node, count) in enumerate(pages.items()):
+            assert node.parent is not None
+            for offset, here in node.parent.checkpoints.items():
+                checkpoint = here.get(node.key[:offset]) if offset <= count else None
+                if checkpoint is not None and not checkpoint.is_ghost:
+                    found.setdefault(checkpoint, i)
+        order = (*reversed(self._idle), *reversed(self._hosted))
+        busy = [checkpoint for checkpoint in found if checkpoint.locks]
+        return list(pages.items()), [(found[each], each) for each in (*busy, *order) if each in found]
+
+    def enter(
+        self, pages: Sequence[tuple[int, Ids]], states: Sequence[tuple[int, int]]
+    ) -> tuple[dict[int, int], dict[int, Checkpoint]]:
+        """Takes in what a file holds, as far as there is room: pages as (index of the parent or -1, ids), states as
+        (index of a page, tokens of it). Gives which of them are new, and the page or checkpoint of each, which the
+        caller fills at once, after `moves` are done."""
+        entered: dict[int, Node] = {-1: self._root}
+        new_pages: dict[int, int] = {}
+        for i, (parent, key) in enumerate(pages):
+            if parent not in entered:
+                continue
+            child, common = _nearest(entered[parent], key)
+            if child is not None and common == len(key):
+                self._lock(child)
+            elif self.make_room(1):
+                [new_pages[i]] = self._pages.allocate(1)
+                child = self._put(Lease(entered[parent]), key, new_pages[i])
+            else:
+                continue
+            entered[i] = child
+        new_states: dict[int, Checkpoint] = {}
+        for i, (page, offset) in enumerate(states):
+            if page in entered and (checkpoint := self._enter_state(entered[page], offset)) is not None:
+                new_states[i] = checkpoint
+        for checkpoint in reversed(new_states.values()):  # what was used last is the last to be evicted
+            checkpoint.locks -= 1
+            self._touch(checkpoint)
+        for i in reversed(entered):
+            if i >= 0:
+                self._unlock(entered[i])
+        return new_pages, new_states
+
+    def _enter_state(self, page: Node, offset: int) -> Checkpoint | None:
+        """A locked checkpoint with a slot or a place in host memory; None where there is one, or no room."""
+        assert page.parent is not None
+        key = page.key[:offset]
+        found = page.parent.checkpoints.get(offset, {}).get(key)
+        if found is not None and not found.is_ghost:
+            return None
+        slot = self.take_slot()
+        host = self._take_host() if slot is None else None
+        if slot is None and host is None:
+            return None
+        found = page.parent.checkpoints.get(offset, {}).get(key)  # a ghost may be gone by now
+        if found is None:
+            found = Checkpoint(page.parent, key, None)
+            page.parent.checkpoints.setdefault(offset, {})[key] = found
+        else:
+            del self._ghosts[found]
+        found.slot, found.host, found.locks = slot, host, 1
+        self.num_checkpoints += slot is not None
+        self.version += 1
+        return found
+
+    def _chosen(self, ids: Ids) -> dict[Node, int]:
+        """The pages of a sequence and of all that continues it, and how many tokens of each are theirs."""
+        node, chosen = self._root, {}
+        while True:
+            wanted = ids[node.end : node.end + PAGE_TOKENS]
+            child, common = _nearest(node, wanted)
+            if child is None or common < PAGE_TOKENS:
+                break
+            chosen[child] = common
+            node = child
+        if common < len(wanted):
+            return chosen | ({child: common} if child is not None and common else {})
+        stack = [each for each, key in zip(node.nodes, node.keys) if key[:common] == wanted]
+        while stack:
+            node = stack.pop()
+            chosen[node] = len(node.key)
+            stack += node.nodes
+        return chosen
+
     # ---- nodes ------------------------------------------------------------------------------------------------
 
-    def _put(self, lease: Lease, key: Ids, pages: list[int]) -> Node:
-        """The node of the page behind `lease.node`, new or the lease's tail with more tokens; the lease's lock on it
+    def _put(self, lease: Lease, key: Ids, page: int) -> Node:
+        """The node of the `page` behind `lease.node`, new or the lease's tail with more tokens; the lease's lock on it
         is taken."""
         parent, node = lease.node, lease.tail
         if node is None:
-            node = Node(parent, key, pages[parent.end // PAGE_TOKENS], 0, 0, locks=1)
+            node = Node(parent, key, page, 0, 0, locks=1)
             self.num_pages += 1
         else:
             self._unlink(node)
@@ -474,17 +575,21 @@ class PrefixCache:
         slot, checkpoint.slot = checkpoint.slot, None
         self.num_checkpoints -= 1
         self.version += 1
+        checkpoint.host, checkpoint.returned = self._take_host(), False
+        if checkpoint.host is None:
+            self._become_ghost(checkpoint)
+            return
+        self.moves.append(StateMove(slot, checkpoint.host, out=True))
+        self.num_moved["evicted"] += 1
+        self._touch(checkpoint)
+
+    def _take_host(self) -> int | None:
+        """A place in host memory, if need be that of the checkpoint not used for longest."""
         if not self._host.num_free and self._hosted:
             oldest, _ = self._hosted.popitem(last=False)
             self._leave_host(oldest)
             self._become_ghost(oldest)
-        if not self._host.num_free:
-            self._become_ghost(checkpoint)
-            return
-        checkpoint.host, checkpoint.returned = self._host.allocate(), False
-        self.moves.append(StateMove(slot, checkpoint.host, out=True))
-        self.num_moved["evicted"] += 1
-        self._touch(checkpoint)
+        return self._host.allocate() if self._host.num_free else None
 
     def _leave_host(self, checkpoint: Checkpoint) -> None:
         assert checkpoint.host is not None

@@ -2,6 +2,7 @@
 
 from tritium.core.constraint import AnswerRules, Constrain, Constraint
 from tritium.core.errors import (
+    CacheFileError,
     CapacityError,
     CheckpointError,
     ConfigError,
@@ -12,14 +13,15 @@ from tritium.core.errors import (
 from tritium.core.sampling_params import SamplingParams
 from tritium.core.stages import (
     PAGE_TOKENS,
+    CacheCall,
     EngineStats,
     Event,
     FinishReason,
     Request,
     RowPlan,
     RowResult,
-    Status,
     StateMove,
+    Status,
     StepPlan,
     StepResult,
     Timing,
@@ -33,6 +35,8 @@ from tritium.core.stages import (
 __all__ = [
     "PAGE_TOKENS",
     "AnswerRules",
+    "CacheCall",
+    "CacheFileError",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
@@ -47,8 +51,8 @@ __all__ = [
     "RowPlan",
     "RowResult",
     "SamplingParams",
-    "Status",
     "StateMove",
+    "Status",
     "StepPlan",
     "StepResult",
     "Timing",

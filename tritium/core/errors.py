@@ -23,6 +23,10 @@ class CheckpointError(TritiumError):
     """A checkpoint that is missing, damaged, of another shape or of an unsupported kind."""
 
 
+class CacheFileError(TritiumError):
+    """A file of the prefix cache that cannot be written, or must not be loaded."""
+
+
 class CapacityError(TritiumError):
     """What was asked does not fit the memory plan."""
 

@@ -313,6 +313,19 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheCall:
+    """Something to be done with the prefix cache between two steps."""
+
+    id: str
+    action: str
+    """save, load or flush."""
+    name: str = ""
+    """Of the file."""
+    ids: tuple[int, ...] | None = None
+    """Save only what begins with these, and their own pages; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of the engine. Gauges first; from `preemptions` on, counters since the engine was made."""
 

@@ -13,10 +13,21 @@ from typing import Any
 
 from tritium.cache import PagePool, PrefixCache, SlotPool
 from tritium.config import MAX_DRAFTS, EngineConfig, Speculation
-from tritium.core import ConfigError, Constrain, EngineStats, Request, TokenEvent
+from tritium.core import (
+    CacheCall,
+    CacheFileError,
+    ConfigError,
+    Constrain,
+    EngineStats,
+    Request,
+    RequestError,
+    TokenEvent,
+)
 from tritium.draft.depth import DepthPolicy
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
 from tritium.engine.memory_plan import MemoryPlan, plan_memory
+from tritium.engine.persist import DEFAULT_NAME, CacheFiles
+from tritium.models.checkpoint import Checkpoint, fingerprint
 from tritium.models.config import ModelConfig
 from tritium.runner import Runner
 from tritium.sched import Limits, Scheduler
@@ -40,6 +51,7 @@ class Engine:
         directory: Path,
         generation_defaults: Mapping[str, Any],
         policy: DepthPolicy | None = None,
+        files: CacheFiles | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -51,6 +63,9 @@ class Engine:
         self._proposed, self._accepted = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
         self._schedule_seconds = 0.0
         self._policy = policy
+        self._files = files
+        if files is not None:
+            self._restore(files)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -96,13 +111,14 @@ class Engine:
         return cls(
             Runner(model, caches, run_head=speculation.mtp > 0, force_acceptance=config.benchmark_force_acceptance,
                    host_places=plan.num_host_checkpoints),
-            Scheduler(limits, pages, slots, cache=cache, proposer=proposer, depth=depth),
+            Scheduler(limits, pages, slots, cache=cache, proposer=policy or proposer, depth=depth),
             plan=plan,
             pages=pages,
             slots=slots,
             directory=directory,
             generation_defaults=read_json(generation) if generation.exists() else {},
             policy=policy,
+            files=_files(config, checkpoint, plan, target.kind) if config.cache_dir is not None else None,
         )
 
     # --- the loop --------------------------------------------------------------------------------------------
@@ -143,6 +159,35 @@ class Engine:
         """How logs write token ids; without it, as numbers."""
         self.scheduler.reuse.text_of = text_of
 
+    def keep(self, call: CacheCall) -> dict[str, Any]:
+        """Saves, loads or flushes the prefix cache, between two steps; gives what was done, in numbers. Raises
+        `CacheFileError` or `RequestError`, and then has changed nothing."""
+        cache = self.scheduler.reuse.cache
+        self.runner.states.move(cache.take_moves())
+        if call.action == "flush":
+            before = cache.num_pages, cache.num_checkpoints + cache.num_hosted
+            cache.flush()
+            after = cache.num_pages, cache.num_checkpoints + cache.num_hosted
+            return {"pages": before[0] - after[0], "checkpoints": before[1] - after[1]}
+        if self._files is None:
+            raise RequestError("caches are neither saved nor loaded here", hint="start with --cache-dir")
+        begin, name = time.perf_counter(), call.name or DEFAULT_NAME
+        if call.action == "save":
+            done = self._files.save(name, cache, self.runner, call.ids)
+        else:
+            done = self._files.load(name, cache, self.runner)
+        return done | {"seconds": round(time.perf_counter() - begin, 3)}
+
+    def _restore(self, files: CacheFiles) -> None:
+        files.prepare()
+        if not files.has(DEFAULT_NAME):
+            return
+        try:
+            done = self.keep(CacheCall("start", "load"))
+            log.info("%(tokens)d tokens and %(checkpoints)d checkpoints restored in %(seconds)g s", done)
+        except CacheFileError as error:
+            log.warning("starting with an empty prefix cache: %s", error)
+
     def close(self) -> None:
         """Nothing runs in the background and nothing is open; here for engines that have more."""
 
@@ -159,6 +204,11 @@ class Engine:
     @property
     def max_num_seqs(self) -> int:
         return self.memory_plan.num_slots
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the prefix cache is to be saved at the end."""
+        return self._files is not None
 
     @property
     def has_work(self) -> bool:
@@ -196,6 +246,11 @@ class Engine:
             for i in range(event.num_drafts):
                 self._proposed[i] += 1
                 self._accepted[i] += i < event.num_accepted
+
+
+def _files(config: EngineConfig, checkpoint: Checkpoint, plan: MemoryPlan, kind: str) -> CacheFiles:
+    identity = {"model": fingerprint(checkpoint), "dtype": plan.dtype, "quantization": "none", "device": kind}
+    return CacheFiles(Path(str(config.cache_dir)).expanduser(), identity)
 
 
 def _speculation(config: EngineConfig, has_head: bool) -> tuple[Speculation, Proposer | None]:

@@ -66,6 +66,9 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
         "POST /v1/messages/count_tokens": routes.count_tokens,
         "POST /tokenize": routes.tokenize,
         "POST /detokenize": routes.detokenize,
+        "POST /cache/save": routes.save_cache,
+        "POST /cache/load": routes.load_cache,
+        "POST /cache/flush": routes.flush_cache,
         "GET /v1/models": routes.models,
         "GET /v1/models/{name:path}": routes.model,
         "GET /health": routes.health,
@@ -172,6 +175,28 @@ class Routes:
         body = protocol.parse(protocol.DetokenizeRequest, await self._fields(request))
         self._check_model(body.model)
         return JSONResponse({"prompt": await asyncio.to_thread(self._session.door.decode, body.tokens)})
+
+    async def save_cache(self, request: Request) -> Response:
+        body, door = protocol.parse(protocol.SaveCache, await self._fields(request)), self._session.door
+        ids = None
+        if body.messages is not None and body.prompt is not None:
+            raise RequestError("messages and prompt are two ways to say the same", param="prompt", hint="send one")
+        if body.messages is not None:
+            ids = await asyncio.to_thread(door.encode_chat, body.messages, body.tools, add_generation_prompt=False,
+                                          template_kwargs=body.chat_template_kwargs)
+        elif body.prompt is not None:
+            [ids, *more] = await asyncio.to_thread(door.encode, body.prompt)
+            if more:
+                raise RequestError("one session at a time: prompt is a text or token ids", param="prompt")
+        return JSONResponse(await self._session.keep("save", body.name, ids))
+
+    async def load_cache(self, request: Request) -> Response:
+        body = protocol.parse(protocol.NamedCache, await self._fields(request))
+        return JSONResponse(await self._session.keep("load", body.name))
+
+    async def flush_cache(self, request: Request) -> Response:
+        protocol.parse(protocol.FlushCache, await self._fields(request))
+        return JSONResponse(await self._session.keep("flush"))
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._card(name) for name in self._names]})

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Scope
 
 from tritium.api import BusyError, ContextLengthError, OvertimeError
-from tritium.core import EngineDeadError, RequestError, TritiumError
+from tritium.core import CacheFileError, EngineDeadError, RequestError, TritiumError
 
 
 class UnknownModelError(RequestError):
@@ -37,6 +37,7 @@ _KINDS: list[tuple[type[Exception], int, str, str | None]] = [
     (SlowBodyError, 408, _INVALID, "body_too_slow"),
     (ContextLengthError, 400, _INVALID, "context_length_exceeded"),
     (RequestError, 400, _INVALID, None),
+    (CacheFileError, 409, _INVALID, "cache_file"),
     (AuthenticationError, 401, _INVALID, "invalid_api_key"),
     (BusyError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (OvertimeError, 504, "timeout_error", "timeout"),

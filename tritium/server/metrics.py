@@ -20,6 +20,7 @@ _GAUGES = {
     "pages_total": "kv_pages_total: KV pages in the pool",
     "pages_cached": "prefix_cache_pages: KV pages of the prefix cache that no request reads",
     "checkpoints": "prefix_cache_checkpoints: Recurrent states in the prefix cache",
+    "checkpoints_host": "prefix_cache_host_checkpoints: Recurrent states evicted to host memory",
     "slots_used": "state_slots_used: Recurrent-state slots held by requests",
     "slots_total": "state_slots_total: Recurrent-state slots in the pool",
 }
@@ -127,6 +128,8 @@ class _EngineCollector(Collector):
         if stats.forced_acceptance is not None:
             yield GaugeMetricFamily("tritium_forced_acceptance", "--benchmark-force-acceptance: answers are wrong",
                                     value=stats.forced_acceptance)
+        yield _labelled("prefix_cache_checkpoints_moved", "Recurrent states between slots and host memory", "way",
+                        stats.checkpoints_moved)
         for name, counts in (("proposed", stats.draft_proposed), ("accepted", stats.draft_accepted)):
             yield _labelled(f"draft_tokens_{name}", f"Drafts {name}, by position", "position",
                             {str(i): count for i, count in enumerate(counts)})

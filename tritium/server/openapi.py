@@ -49,6 +49,7 @@ _MESSAGE = _object(
     stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}, stop_sequence=_TEXT,
     content=_list(_object(type={"enum": ["thinking", "text", "tool_use"]})),
     usage=_object(input_tokens=_INTEGER, output_tokens=_INTEGER, cache_read_input_tokens=_INTEGER))
+_KEPT = _object(name=_STRING, tokens=_INTEGER, pages=_INTEGER, checkpoints=_INTEGER, bytes=_INTEGER)
 _TOKENS = _object(count=_INTEGER, max_model_len=_INTEGER, tokens=_list(_INTEGER))
 
 
@@ -77,6 +78,12 @@ ENDPOINTS = (
              answer=_object(input_tokens=_INTEGER), request=(messages.CountRequest,)),
     Endpoint(method="POST", path="/tokenize", about="Text or a conversation to token ids.", answer=_TOKENS,
              request=(protocol.TokenizePrompt, protocol.TokenizeChat)),
+    Endpoint(method="POST", path="/cache/save", about="The prefix cache, or one session of it, into a file.",
+             answer=_KEPT, request=(protocol.SaveCache,)),
+    Endpoint(method="POST", path="/cache/load", about="A saved cache or session, beside what is in memory.",
+             answer=_KEPT, request=(protocol.NamedCache,)),
+    Endpoint(method="POST", path="/cache/flush", about="Forgets all that no request uses; files stay.",
+             answer=_object(pages=_INTEGER, checkpoints=_INTEGER), request=(protocol.FlushCache,)),
     Endpoint(method="POST", path="/detokenize", about="Token ids to text.", answer=_object(prompt=_STRING),
              request=(protocol.DetokenizeRequest,)),
     Endpoint(method="GET", path="/v1/models", about="The names of the model.",

@@ -110,6 +110,25 @@ class TokenizeChat(Conversation):
     return_token_strs: bool = False
 
 
+class NamedCache(Strict):
+    name: str = ""
+    """Of the file in --cache-dir; without one, that which is read at the start."""
+
+
+class SaveCache(NamedCache):
+    """All of the cache, or the session that `messages` or `prompt` begin: their tokens and all that continues them."""
+
+    messages: Any = None
+    tools: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    prompt: Any = None
+    """Text or token ids."""
+
+
+class FlushCache(Strict):
+    pass
+
+
 class DetokenizeRequest(Strict):
     model: str | None = None
     tokens: list[int]
