@@ -13,49 +13,66 @@ request, ever more rarely while they do not pay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import itemgetter, mul
 
 from tritium.core import Request, RowPlan, StepPlan, StepResult
 
-_MARGIN = 1.02
+_MARGIN = 1.04
 """How much faster speculation must look than none, so that noise does not choose it."""
 _FADE = 0.98
 """What an old step counts, for each step that follows it."""
 _FADE_TRIALS = 0.95
 _PRIOR_TRIALS = 6.0
 """Trials of a request that weigh as much as what others' acceptance says about it."""
+_DRIFT = 0.005
 _OPTIMISM = 0.8
 """Acceptance of each position while nothing is known."""
 _PROBE_STEPS, _PROBE_EVERY, _PROBE_SELDOM = 4, 256, 4096
 """Steps of a probe, and steps from one to the next: at first, and at most."""
+_BASELINE_EVERY = 40
+"""Steps with drafts from one that verifies none to the next, for batches of about this size and context."""
 _LEARNING = (0, 0, 0, 1, 1, 1, 1)
 """Depths of the very first steps."""
 
 
 class DepthPolicy:
-    """Depths of all requests, from 0 to `most`, after every step anew."""
+    """Depths of all requests, from 0 to `most`, after every step anew; a `Proposer` of what the head guessed."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.seconds_saved = 0.0
         """What the tokens so far would have cost without drafts, less what they cost; both by the cost model."""
         self._forward, self._head = _Fit(4), _Fit(2)
-        self._overall = Acceptance(most, [(_OPTIMISM, _PRIOR_TRIALS / 2)] * most, fade=0.999)
+        self._overall = Acceptance([_OPTIMISM] * most, _PRIOR_TRIALS / 2, fade=0.995)
         self._requests: dict[str, Acceptance] = {}
         self._depths: dict[str, int] = {}
         self._batch_depth = most
         self._idle_steps, self._probe_every = 0, _PROBE_EVERY
+        self._steps = 0
+        self._baselines: dict[tuple[int, int], int] = {}
+        self._is_baseline = False
 
     def depth(self, request: Request) -> int:
         """Drafts to propose for the request now, and to verify at most."""
         return self._depths.get(request.id, self._batch_depth)
 
+    def propose(self, request: Request, most: int) -> Sequence[int]:
+        """The head's drafts, but for a step that shows what going without costs."""
+        return () if self._is_baseline else request.drafts[:most]
+
+    def forget(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+
     def observe(self, plan: StepPlan, result: StepResult, seconds: float, head_seconds: float) -> None:
         """What a step brought and took, `head_seconds` of it for guessing."""
         decode = [row for row in plan.rows if row.samples and len(row.ids) == row.num_drafts + 1]
+        overall = self._overall.rates()
         for row, out in zip(plan.rows, result.rows, strict=True):
-            if row.num_drafts and out.tokens:
+            if out.tokens:
                 self._acceptance(row.request_id).add(row.num_drafts, len(out.tokens) - 1)
+                self._acceptance(row.request_id).drift(row.num_drafts, overall)
                 self._overall.add(row.num_drafts, len(out.tokens) - 1)
         if decode and len(decode) == len(plan.rows):
             guesses = [row.want_drafts for row in decode]
@@ -67,13 +84,17 @@ class DepthPolicy:
         rows = [row for row in plan.rows if row.samples]
         if not rows:
             return
-        if len(self._requests) > 2 * len(rows) + 256:  # those that ended are never told
-            self._requests = {row.request_id: self._acceptance(row.request_id) for row in rows}
         if self._forward.known < len(_LEARNING):
             self._take(dict.fromkeys((row.request_id for row in rows), _LEARNING[self._forward.known]))
         else:
             self._take(self._chosen(rows))
             self._probe()
+        self._steps += 1
+        kind = len(rows).bit_length(), (sum(len(row.pages) for row in rows) // len(rows)).bit_length()
+        since = self._steps - self._baselines.get(kind, -_BASELINE_EVERY)
+        self._is_baseline = self._batch_depth > 0 and since >= _BASELINE_EVERY
+        if self._is_baseline or not any(row.num_drafts for row in rows):
+            self._baselines[kind] = self._steps
 
     def _take(self, depths: dict[str, int]) -> None:
         self._depths, self._batch_depth = depths, max(depths.values())
@@ -81,26 +102,33 @@ class DepthPolicy:
     def _acceptance(self, request_id: str) -> Acceptance:
         found = self._requests.get(request_id)
         if found is None:
-            prior = [(rate, _PRIOR_TRIALS) for rate in self._overall.rates()]
-            found = self._requests[request_id] = Acceptance(self.most, prior, fade=_FADE_TRIALS)
+            found = Acceptance(self._overall.rates(), _PRIOR_TRIALS, fade=_FADE_TRIALS)
+            self._requests[request_id] = found
         return found
 
     def _chosen(self, rows: Sequence[RowPlan]) -> dict[str, int]:
         """Each row's depth in the batch that `rows` are."""
-        chances = [list(_running_products(self._acceptance(row.request_id).rates())) for row in rows]
-        best, best_rate = 0, _MARGIN * len(rows) / self._forward.predict(_features(rows, 0))
-        tokens = float(len(rows))
-        for k in range(1, self.most + 1):
-            tokens += sum(chance[k - 1] for chance in chances)
-            drafts = k * len(rows)
-            rate = tokens / (self._forward.predict(_features(rows, drafts)) + self._head.predict((k, drafts)))
+        likeliest_first = sorted(
+            (
+                (-chance, row.request_id, k)
+                for row in rows
+                for k, chance in enumerate(accumulate(self._acceptance(row.request_id).rates(), mul), 1)
+            ),
+            key=itemgetter(0),
+        )
+        depths = dict.fromkeys((row.request_id for row in rows), 0)
+        tokens, seconds = float(len(rows)), self._forward.predict(_features(rows, 0))
+        best_rate, best, passes = _MARGIN * tokens / seconds, 0, 0
+        each = self._forward.weight(2) + self._head.weight(1)
+        for count, (minus_chance, _, k) in enumerate(likeliest_first, 1):
+            tokens -= minus_chance
+            passes = max(passes, k)
+            rate = tokens / (seconds + count * each + passes * self._head.weight(0))
             if rate > best_rate:
-                best, best_rate = k, rate
-        worth = best_rate * (self._forward.weight(2) + self._head.weight(1))  # tokens that a draft's seconds make
-        return {
-            row.request_id: next((k for k in range(best, 0, -1) if chance[k - 1] > worth), 0)
-            for row, chance in zip(rows, chances, strict=True)
-        }
+                best_rate, best = rate, count
+        for _, request_id, k in likeliest_first[:best]:
+            depths[request_id] = max(depths[request_id], k)
+        return depths
 
     def _probe(self) -> None:
         """A draft for every row in a few steps when nobody has had one for long."""
@@ -115,22 +143,24 @@ class DepthPolicy:
 
 
 class Acceptance:
-    """Chance of each position's draft given those before it, from trials that fade and a prior worth some trials."""
+    """Chance of each position's draft given those before it, from trials that fade, a prior worth some trials first."""
 
-    def __init__(self, most: int, prior: Sequence[tuple[float, float]], *, fade: float) -> None:
-        self._hits, self._trials = [0.0] * most, [0.0] * most
-        self._prior, self._fade = prior, fade
+    def __init__(self, prior: Sequence[float], weight: float, *, fade: float) -> None:
+        self._hits, self._trials = [rate * weight for rate in prior], [weight] * len(prior)
+        self._fade = fade
 
     def add(self, drafts: int, accepted: int) -> None:
         for i in range(min(drafts, accepted + 1)):
             self._trials[i] = self._trials[i] * self._fade + 1
             self._hits[i] = self._hits[i] * self._fade + (i < accepted)
 
+    def drift(self, first: int, towards: Sequence[float]) -> None:
+        """Positions from `first` on, of which a step said nothing, become more like others'."""
+        for i in range(first, len(self._hits)):
+            self._hits[i] += _DRIFT * (towards[i] * self._trials[i] - self._hits[i])
+
     def rates(self) -> list[float]:
-        return [
-            (hits + rate * weight) / (trials + weight)
-            for hits, trials, (rate, weight) in zip(self._hits, self._trials, self._prior)
-        ]
+        return [hits / trials for hits, trials in zip(self._hits, self._trials)]
 
 
 class _Fit:
@@ -169,13 +199,6 @@ class _Fit:
 
 def _features(rows: Sequence[RowPlan], drafts: int) -> tuple[float, float, float, float]:
     return 1.0, len(rows), drafts, sum(len(row.pages) for row in rows)
-
-
-def _running_products(rates: Iterable[float]) -> Iterable[float]:
-    chance = 1.0
-    for rate in rates:
-        chance *= rate
-        yield chance
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
