@@ -13,6 +13,7 @@ import json
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -51,6 +52,18 @@ class Served:
     """The MTP head's, likewise."""
 
 
+class Silent:
+    """A proposer that wants to hear the head and guesses nothing."""
+
+    def propose(self, request: Request, most: int) -> tuple[int, ...]:
+        return ()
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+
+@mock.patch("tritium.draft.mtp.HEAD_TOKENS", 10**9)  # over the whole text, not only its end
+@mock.patch("tritium.sched.scheduler.HEAD_TOKENS", 10**9)
 def serve(directory: Path, prompts: dict[str, list[int]], *, steps: int, dtype: str, budget: int = 160) -> Served:
     """All prompts at once through an engine whose steps hold at most `budget` tokens, every logit overheard."""
     engine = Engine.load(
@@ -87,7 +100,9 @@ def serve(directory: Path, prompts: dict[str, list[int]], *, steps: int, dtype: 
         keep(current[0], model.logits(hidden_TH), served.drafts)
         return hidden_TH
 
-    engine.runner.run_head = model.mtp is not None  # it follows every token, and proposes nothing
+    # The MTP head follows every token, and its guesses are never verified.
+    engine.runner.run_head = model.mtp is not None
+    engine.scheduler._proposer, engine.scheduler._depth = Silent(), lambda request: 1
     engine.runner.observer = observe
     model.draft_hidden = overheard  # type: ignore[method-assign,assignment]
     for i, (name, prompt) in enumerate(prompts.items()):

@@ -54,9 +54,8 @@ def execute_row(row: RowPlan, silent: bool = False) -> RowResult:
         return RowResult(row.request_id, prompt_logprobs=prompt_logprobs)
     tokens = []
     for i in range(row.num_drafts + 1):
-        site = row.site(i)
-        tokens.append(scripted_token(row.seed, site.stop, row.eos_ids))
-        if i < row.num_drafts and row.ids[len(site.ids)] != tokens[-1]:
+        tokens.append(scripted_token(row.seed, row.site(i).position, row.eos_ids))
+        if i < row.num_drafts and row.drafts[i] != tokens[-1]:
             break
     logprobs = () if row.sampling.logprobs is None else tuple(TokenLogprob(token, -1.0, 1) for token in tokens)
     return RowResult(row.request_id, tuple(tokens), logprobs, prompt_logprobs, drafts=scripted_drafts(row, len(tokens)))
@@ -730,7 +729,9 @@ class World:
         for row in rows:
             seen, event = self.alive[row.request_id], by_id.get(row.request_id, TokenEvent(row.request_id))
             assert not row.samples or 1 <= len(event.tokens) <= row.num_drafts + 1
-            assert event.num_drafts == row.num_drafts
+            # Guesses behind the end of an answer were neither right nor wrong.
+            assert event.num_drafts == (row.num_drafts if event.finish_reason is None else event.num_accepted)
+            assert len(event.tokens) - 1 <= event.num_accepted <= len(event.tokens)
             seen.fold = max(0, len(event.tokens) - 1)
             seen.computed = row.stop - row.num_drafts + seen.fold
             seen.drafts = event.drafts
