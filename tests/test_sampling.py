@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tritium.core import RowPlan, SamplingParams
+from tritium.core import RowPlan, SamplingParams, Site
 from tritium.ops.sampling import _draw, logprobs, philox4x32, sample, uniform
 from tritium.sampling import Sampled, Sampler, prompt_logprobs
 
@@ -25,8 +25,8 @@ def row(
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
     banned: Sequence[int] = (),
-) -> RowPlan:
-    return RowPlan(
+) -> Site:
+    plan = RowPlan(
         request_id="r",
         ids=(0,),
         start=position - 1,
@@ -39,6 +39,7 @@ def row(
         prompt_len=len(prompt),
         history=(*prompt, *output) if params.uses_penalties else None,
     )
+    return Site(plan)
 
 
 def draw(logits: Sequence[float] | torch.Tensor, **params: object) -> int | None:
@@ -66,7 +67,7 @@ def python_uniform(seed: int, position: int) -> float:
     return (words[0] * 2**32 + words[1] >> 11) / 2**53
 
 
-def distribution(logits: Sequence[float], plan: RowPlan) -> list[float]:
+def distribution(logits: Sequence[float], plan: Site) -> list[float]:
     """Probability of every id, rule after rule."""
     asked, x = plan.sampling, [float(value) for value in logits]
     for i, bias in asked.logit_bias.items():
@@ -95,9 +96,9 @@ def distribution(logits: Sequence[float], plan: RowPlan) -> list[float]:
     return [value / total if i in kept else 0.0 for i, value in enumerate(p)]
 
 
-def check_draw(got: Sampled, logits: Sequence[float], plan: RowPlan) -> None:
+def check_draw(got: Sampled, logits: Sequence[float], plan: Site) -> None:
     p = distribution(logits, plan)
-    u, upto = python_uniform(plan.seed, plan.stop), np.cumsum(p)
+    u, upto = python_uniform(plan.seed, plan.position), np.cumsum(p)
     assert got.token is not None
     assert p[got.token] > 0, "a token that the filters exclude"
     before = upto[got.token] - p[got.token]
@@ -171,7 +172,7 @@ CASES = {
 }
 
 
-def random_row(rng: random.Random, vocab: int, params: SamplingParams) -> RowPlan:
+def random_row(rng: random.Random, vocab: int, params: SamplingParams) -> Site:
     return row(
         params,
         seed=rng.randrange(-(2**63), 2**63),

@@ -5,7 +5,6 @@ Plain words only: integers, strings and floats, never a tensor. `ForwardBatch`, 
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import time
 from dataclasses import dataclass, field
@@ -140,19 +139,54 @@ class RowPlan:
     def stop(self) -> int:
         return self.start + len(self.ids)
 
-    def site(self, i: int) -> RowPlan:
-        """The row as it would be without the drafts from the i-th on: what its i-th draw sees (0 .. num_drafts)."""
-        left_out = self.num_drafts - i
-        if not self.num_drafts:
-            return self
-        kept = self.ids[: len(self.ids) - left_out]
-        history = None if self.history is None else self.history + kept[len(kept) - i :]
-        return dataclasses.replace(self, ids=kept, num_drafts=i, history=history)
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        return self.ids[len(self.ids) - self.num_drafts :]
+
+    def site(self, i: int) -> Site:
+        """What the i-th draw of the row sees (0 .. num_drafts)."""
+        return Site(self, self.drafts[:i])
+
+
+@dataclass(slots=True)
+class Site:
+    """A place to draw at: a row, and the tokens taken to follow those of it that are certain."""
+
+    row: RowPlan
+    new: tuple[int, ...] = ()
+    may_end: bool = False
+    """Whether the ids that the row must not pick are allowed again."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.row.sampling
+
+    @property
+    def seed(self) -> int:
+        return self.row.seed
+
+    @property
+    def prompt_len(self) -> int:
+        return self.row.prompt_len
+
+    @property
+    def position(self) -> int:
+        return self.row.stop - self.row.num_drafts + len(self.new)
+
+    @property
+    def history(self) -> tuple[int, ...] | None:
+        """Prompt + output so far, only where penalties need it."""
+        return None if self.row.history is None else self.row.history + self.new
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset() if self.may_end else self.row.eos_ids
 
     @property
     def allowed(self) -> bytes | None:
-        """The tokens that may be drawn after the row, as `Constraint.mask` writes them."""
-        return None if self.constraint is None else self.constraint.mask(self.ids[len(self.ids) - self.num_drafts :])
+        """The tokens that may be drawn, as `Constraint.mask` writes them."""
+        constraint = self.row.constraint
+        return None if constraint is None else constraint.mask(self.new)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,15 +84,20 @@ class DepthPolicy:
         rows = [row for row in plan.rows if row.samples]
         if not rows:
             return
-        if self._forward.known < len(_LEARNING):
+        mixed = len(decode) < len(plan.rows)
+        if mixed:
+            # Beside a prompt's chunk drafts are nearly free, and its time is all but this step's.
+            drafts = sum(row.num_drafts for row in plan.rows)
+            self._take(self._chosen(rows, seconds - head_seconds - drafts * self._forward.weight(2)))
+        elif self._forward.known < len(_LEARNING):
             self._take(dict.fromkeys((row.request_id for row in rows), _LEARNING[self._forward.known]))
         else:
-            self._take(self._chosen(rows))
+            self._take(self._chosen(rows, self._forward.predict(_features(rows, 0))))
             self._probe()
         self._steps += 1
         kind = len(rows).bit_length(), (sum(len(row.pages) for row in rows) // len(rows)).bit_length()
         since = self._steps - self._baselines.get(kind, -_BASELINE_EVERY)
-        self._is_baseline = self._batch_depth > 0 and since >= _BASELINE_EVERY
+        self._is_baseline = not mixed and self._batch_depth > 0 and since >= _BASELINE_EVERY
         if self._is_baseline or not any(row.num_drafts for row in rows):
             self._baselines[kind] = self._steps
 
@@ -106,8 +111,8 @@ class DepthPolicy:
             self._requests[request_id] = found
         return found
 
-    def _chosen(self, rows: Sequence[RowPlan]) -> dict[str, int]:
-        """Each row's depth in the batch that `rows` are."""
+    def _chosen(self, rows: Sequence[RowPlan], seconds: float) -> dict[str, int]:
+        """Each row's depth in the batch that `rows` are, which takes `seconds` without any drafts."""
         likeliest_first = sorted(
             (
                 (-chance, row.request_id, k)
@@ -117,7 +122,7 @@ class DepthPolicy:
             key=itemgetter(0),
         )
         depths = dict.fromkeys((row.request_id for row in rows), 0)
-        tokens, seconds = float(len(rows)), self._forward.predict(_features(rows, 0))
+        tokens, seconds = float(len(rows)), max(seconds, 1e-9)
         best_rate, best, passes = _MARGIN * tokens / seconds, 0, 0
         each = self._forward.weight(2) + self._head.weight(1)
         for count, (minus_chance, _, k) in enumerate(likeliest_first, 1):

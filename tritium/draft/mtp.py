@@ -8,18 +8,17 @@ Shapes: T tokens, R rows that go on guessing, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 
 from tritium.config import HEAD_TOKENS
-from tritium.core import PAGE_TOKENS, RowPlan, StepPlan
+from tritium.core import PAGE_TOKENS, Site, StepPlan
 from tritium.models.decoder import Decoder
 from tritium.nn.batch import ForwardBatch, LayerCache
 from tritium.ops.spans import Spans
 
-Draw = Callable[[Sequence[RowPlan], torch.Tensor], Sequence[int | None]]
+Draw = Callable[[Sequence[Site], torch.Tensor], Sequence[int | None]]
 """A token for each row from its logits, with the row's own parameters and seed."""
 
 
@@ -71,7 +70,7 @@ def propose(
     going = [i for i in followed if tokens[i]]
     hidden_RH = hidden_TH[head.last_R[[followed.index(i) for i in going]]] if going else hidden_TH[:0]
     while going:
-        sites = [_site(rows[i], tokens[i] + out[i]) for i in going]
+        sites = [Site(rows[i], tokens[i] + out[i], may_end=True) for i in going]
         for i, token in zip(going, draw(sites, model.logits(hidden_RH)), strict=True):
             out[i] += (0 if token is None else token,)
         # The next guess needs a place for the key and value of this one; where a row's pages end, guessing ends.
@@ -87,12 +86,3 @@ def propose(
         step = part(going, [1] * len(going), [at[i] for i in going])
         hidden_RH = model.draft_hidden(hidden_RH, spans.tensor([out[i][-1] for i in going]), step, cache)
     return out
-
-
-def _site(row: RowPlan, new: tuple[int, ...]) -> RowPlan:
-    """The row as it will be when `new` are its tokens: what a draw after them sees."""
-    sure = row.site(0)
-    history = None if sure.history is None else sure.history + new
-    return dataclasses.replace(
-        sure, ids=sure.ids + new, num_drafts=len(new), history=history, eos_ids=frozenset()
-    )

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from tritium.core import RowPlan, RowResult, StepPlan, StepResult, TokenLogprob
+from tritium.core import RowPlan, RowResult, Site, StepPlan, StepResult, TokenLogprob
 from tritium.draft import mtp
 from tritium.models.decoder import Decoder
 from tritium.nn.batch import AttentionCache, ForwardBatch, LayerCache
@@ -87,7 +87,7 @@ class Runner:
         draws = iter(self.sampler.sample(sites, logits_SV))
         out: list[list[Sampled]] = []
         for row in plan.rows:
-            drafts = row.ids[len(row.ids) - row.num_drafts :]
+            drafts = row.drafts
             own = [next(draws) for _ in range(row.num_drafts + 1)] if row.samples else []
             right = next((i for i, token in enumerate(drafts) if own[i].token != token), row.num_drafts)
             out.append(own[: right + 1])
@@ -95,7 +95,7 @@ class Runner:
                 out[-1] = _forced(row, drafts, own, self.force_acceptance)
         return out
 
-    def _draw(self, sites: Sequence[RowPlan], logits_SV: torch.Tensor) -> list[int | None]:
+    def _draw(self, sites: Sequence[Site], logits_SV: torch.Tensor) -> list[int | None]:
         return [draw.token for draw in self.sampler.sample(sites, logits_SV)]
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -13,7 +13,7 @@ from itertools import chain
 
 import torch
 
-from tritium.core import RowPlan, TokenLogprob
+from tritium.core import Site, TokenLogprob
 from tritium.ops.sampling import Edits, logprobs, sample
 
 
@@ -32,7 +32,7 @@ class Sampled:
 class Sampler:
     """Draws one token a row. A row's outcome depends on its own plan and logits alone."""
 
-    def sample(self, rows: Sequence[RowPlan], logits_SV: torch.Tensor) -> list[Sampled]:
+    def sample(self, rows: Sequence[Site], logits_SV: torch.Tensor) -> list[Sampled]:
         """Row i of the float logits belongs to rows[i]; they are left as they are. Waits for the device."""
         if not rows:
             return []
@@ -48,7 +48,7 @@ class Sampler:
             top_p_S=column([s.top_p for s in asked], torch.float64),
             min_p_S=column([s.min_p for s in asked], torch.float64),
             seed_S=column([row.seed for row in rows], torch.int64),
-            position_S=column([row.stop for row in rows], torch.int64),
+            position_S=column([row.position for row in rows], torch.int64),
             edits=_edits(rows, logits_SV.shape[-1], device),
             allowed_SW=_allowed(rows, logits_SV.shape[-1], device),
         )
@@ -58,7 +58,7 @@ class Sampler:
 
     @staticmethod
     def _logprobs(
-        rows: Sequence[RowPlan], logits_SV: torch.Tensor, tokens: list[int | None]
+        rows: Sequence[Site], logits_SV: torch.Tensor, tokens: list[int | None]
     ) -> dict[int, TokenLogprob]:
         """Of the raw distribution, for the rows that want them."""
         asked = {
@@ -86,7 +86,7 @@ def _token_logprobs(logits_SV: torch.Tensor, tokens: Sequence[int], counts: Sequ
     ]
 
 
-def _allowed(rows: Sequence[RowPlan], vocab: int, device: torch.device) -> torch.Tensor | None:
+def _allowed(rows: Sequence[Site], vocab: int, device: torch.device) -> torch.Tensor | None:
     """What the rows' constraints allow, 32 tokens a word; None where no row has any. On a GPU the host works this out
     while the forward pass runs."""
     masks = [row.allowed for row in rows]
@@ -97,7 +97,7 @@ def _allowed(rows: Sequence[RowPlan], vocab: int, device: torch.device) -> torch
     return torch.frombuffer(packed, dtype=torch.int32).view(len(rows), -1).to(device)
 
 
-def _edits(rows: Sequence[RowPlan], vocab: int, device: torch.device) -> Edits | None:
+def _edits(rows: Sequence[Site], vocab: int, device: torch.device) -> Edits | None:
     """logit_bias, penalties and banned ids of all rows; None where no row has any."""
     index: list[int] = []
     ids: list[int] = []
@@ -114,7 +114,7 @@ def _edits(rows: Sequence[RowPlan], vocab: int, device: torch.device) -> Edits |
     return Edits(row_E, id_E, *torch.tensor(changes, dtype=torch.float64, device=device).view(-1, 3).unbind(-1))
 
 
-def _row_edits(row: RowPlan) -> dict[int, tuple[float, float, float]]:
+def _row_edits(row: Site) -> dict[int, tuple[float, float, float]]:
     """id -> (bias, repetition factor, what is taken away).
 
     Repetition counts prompt and output; presence and frequency the output alone.
