@@ -27,7 +27,7 @@ def test_a_clean_run_is_reported_exactly():
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_killed_clients_are_counted_and_what_they_held_comes_back(chat):
-    with served(rambles(step_seconds=0.002)) as server:
+    with served(rambles(step_seconds=0.01)) as server:
         load = Load(clients=24, requests=24, max_tokens=150, kill_fraction=1 / 3, chat=chat, verify=2)
         report = run_load(server.url, load)
         server.wait_idle()
