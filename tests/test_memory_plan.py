@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from tritium.cache import pages_for
 from tritium.config import EngineConfig
 from tritium.core import CapacityError, ConfigError, TritiumError
-from tritium.engine.memory_plan import bytes_per_page, bytes_per_slot, pages_for, plan_memory, size
+from tritium.engine.memory_plan import bytes_per_page, bytes_per_slot, plan_memory, size
 from tritium.hw import Target
 from tritium.models.config import ModelConfig, MoeConfig, RopeConfig
 

@@ -271,7 +271,7 @@ def test_forced_acceptance_is_of_the_rate_asked_for_and_serve_refuses_it() -> No
 
 def test_the_embedded_models_guess_well_and_answer_the_same() -> None:
     from tritium.api import LLM
-    from tritium.eval import tasks
+    from tritium.eval import tasks, tiny
     from tritium.models.checkpoint import resolve
 
     if not Path(resolve("tritium-dense", None, None), "model.safetensors").exists():
@@ -281,16 +281,7 @@ def test_the_embedded_models_guess_well_and_answer_the_same() -> None:
     for speculate in ("none", "mtp:3"):
         config = EngineConfig(max_num_seqs=4, speculate=speculate, show_progress=False, num_threads=1)
         with LLM.load(config) as llm:
-            asked = [
-                llm.door.chatted(
-                    task.messages,
-                    llm.default_sampling(temperature=0.0, max_tokens=task.max_tokens),
-                    tools=task.tools or None,
-                    template_kwargs={"enable_thinking": task.enable_thinking},
-                )
-                for task in problems
-            ]
-            answers = llm.answer(asked)
+            answers = tiny.answer(llm, problems)
             texts[speculate] = [answer.token_ids for answer in answers]
             stats = llm.stats()
     assert texts["none"] == texts["mtp:3"]

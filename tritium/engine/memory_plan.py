@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tritium.cache import pages_for
 from tritium.config import EngineConfig, Speculation, flag
 from tritium.core import PAGE_TOKENS, CapacityError, ConfigError
 from tritium.hw import Target
@@ -220,11 +221,6 @@ def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int
     rope = _FLOAT32 * positions * config.rope.rotary_dim
     fixed = 3 * tokens * hidden * width + max(gdn, attention, mlp) + rope
     return fixed, 8 * values * config.gdn_key_dim + 20 * config.vocab_size * (drafts + 1)
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that hold `tokens` tokens."""
-    return -(-tokens // PAGE_TOKENS)
 
 
 def size(count: int) -> str:

@@ -36,7 +36,7 @@ def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str
     with LLM.load(config) as llm:
         begin = time.perf_counter()
         for kind, problems in kinds.items():
-            answers = _answer(llm, problems, f"{kind:<14}", config.show_progress)
+            answers = answer(llm, problems, label=f"{kind:<14}", progress=config.show_progress)
             figures[kind] = sum(map(_right, problems, answers)) / len(problems)
         stats = llm.stats()
         by_position = [a / p for a, p in zip(stats.draft_accepted, stats.draft_proposed) if p]
@@ -51,7 +51,10 @@ def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str
     return figures
 
 
-def _answer(llm: LLM, problems: list[tasks.Task], label: str, progress: bool) -> list[Completion]:
+def answer(
+    llm: LLM, problems: list[tasks.Task], *, label: str = "generating", progress: bool = False
+) -> list[Completion]:
+    """Greedy answers to the problems, in their order."""
     requests = [
         llm.door.chatted(
             task.messages,
