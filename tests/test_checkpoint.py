@@ -93,8 +93,7 @@ def expected_layer(t: dict[str, Tensor], to: str, at: str, kind: str, spec: Spec
         out["mlp.gate_up.weight"] = rows("mlp", "gate_proj", "up_proj")
         out["mlp.down.weight"] = t[f"{at}.mlp.down_proj.weight"]
         return {f"{to}.{name}": x for name, x in out.items()}
-    out["moe.router.weight"] = t[f"{at}.mlp.gate.weight"]
-    out["moe.shared_gate.weight"] = t[f"{at}.mlp.shared_expert_gate.weight"]
+    out["moe.router.weight"] = torch.cat([t[f"{at}.mlp.{n}.weight"] for n in ("gate", "shared_expert_gate")])
     out["moe.shared_gate_up.weight"] = rows("mlp.shared_expert", "gate_proj", "up_proj")
     out["moe.shared_down.weight"] = t[f"{at}.mlp.shared_expert.down_proj.weight"]
     if spec.per_expert:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tritium"
 BIN = Path(sys.executable).parent
 BUDGET = 12_000
-"""Lines of code in tritium/: what is left without blank lines, comments and docstrings."""
+"""Lines of code in tritium/: what is left without blank lines, comments, docstrings and lists of words."""
 LONGEST_FILE = 600
 DATA = {"tritium/eval/tasks.py"}
 """Files that are mostly lists of words, which may be longer."""
@@ -66,7 +66,7 @@ def test_layers() -> None:
 
 
 def test_size_of_the_project() -> None:
-    total = sum(code_lines(path) for path in sources())
+    total = sum(code_lines(path) for path in sources() if str(path.relative_to(ROOT)) not in DATA)
     assert total <= BUDGET, f"{total} lines of code in tritium/, and {BUDGET} are the budget"
 
 

@@ -38,7 +38,7 @@ def doctor(**flags: Any) -> int:
         problems.append(error)
         target = probe("cpu")
     click.echo(machine(target))
-    click.echo("ops\n" + "\n".join(f"  {name:<24}{form}" for name, form in op_forms()))
+    click.echo("ops\n" + "\n".join(f"  {name:<24}{form}" for name, form in op_forms(target.kind)))
     try:
         click.echo(f"{config.model}\n{plan(config, target)}")
     except TritiumError as error:
@@ -68,15 +68,15 @@ def machine(target: Target) -> str:
     return "\n".join(f"  {name:<10}{value}" for name, value in rows.items())
 
 
-def op_forms() -> list[tuple[str, str]]:
-    """Every op and the form that serves it here."""
+def op_forms(kind: str) -> list[tuple[str, str]]:
+    """Every op and the form that serves it on a device of `kind`."""
     from tritium import ops
     from tritium.ops.spec import Op
 
     found: dict[str, str] = {}
     for module in pkgutil.iter_modules(ops.__path__):
         members = vars(importlib.import_module(f"{ops.__name__}.{module.name}")).values()
-        found |= {op.spec.name: op.form for op in members if isinstance(op, Op)}
+        found |= {op.spec.name: op.form(kind) for op in members if isinstance(op, Op)}
     return sorted(found.items())
 
 

@@ -249,7 +249,9 @@ class Engine:
 
 
 def _files(config: EngineConfig, checkpoint: Checkpoint, plan: MemoryPlan, kind: str) -> CacheFiles:
-    identity = {"model": fingerprint(checkpoint), "dtype": plan.dtype, "quantization": "none", "device": kind}
+    identity = {"model": fingerprint(checkpoint), "dtype": plan.dtype, "quantization": "none", "device": kind,
+                "ring": str(checkpoint.config.conv_width + Speculation.parse(config.speculate).possible(
+                    checkpoint.config.mtp_layers > 0).most)}
     return CacheFiles(Path(str(config.cache_dir)).expanduser(), identity)
 
 

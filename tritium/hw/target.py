@@ -64,6 +64,54 @@ class Target:
         return self.kind != "cpu"
 
 
+_CHIPS = {
+    "sm_80": ("NVIDIA A100", 108, 166_912, 32),
+    "sm_90": ("NVIDIA H100 / H200", 132, 232_448, 32),
+    "sm_120": ("NVIDIA RTX 5090", 170, 101_376, 32),
+    "gfx942": ("AMD Instinct MI300X", 304, 65_536, 64),
+    "gfx950": ("AMD Instinct MI355X", 256, 163_840, 64),
+    "gfx1100": ("AMD Radeon RX 7900 XTX", 96, 65_536, 32),
+    "gfx1151": ("AMD Radeon 8060S (Strix Halo)", 40, 65_536, 32),
+    "gfx1201": ("AMD Radeon RX 9070 XT", 64, 65_536, 32),
+}
+"""Architecture: a chip that has it, its multiprocessors, shared memory of a workgroup in bytes, and warp size, as the
+vendors publish them (CUDA programming guide, table of compute capabilities; AMD's GPU hardware specifications)."""
+
+NAMED = tuple(_CHIPS)
+"""Architectures that ship with launch parameters and are compiled for where there is no GPU."""
+
+
+def named(arch: str) -> Target:
+    """A GPU that need not be here, without memory. Raises `ConfigError` for an architecture that is not in `NAMED`."""
+    if arch not in _CHIPS:
+        raise ConfigError(f"{arch} is not a target that Tritium knows", hint=", ".join(NAMED))
+    name, cores, shared, warp = _CHIPS[arch]
+    if arch.startswith("gfx"):
+        features = _hip_features(arch) | ({"unified_memory"} if arch == "gfx1151" else set())
+    else:
+        features = _cuda_features((int(arch[3:-1]), int(arch[-1])))
+    return Target(
+        kind="hip" if arch.startswith("gfx") else "cuda",
+        device="meta",
+        name=name,
+        arch=arch,
+        cores=cores,
+        memory_total=0,
+        memory_available=0,
+        features=frozenset(features),
+        warp_size=warp,
+        shared_memory_per_workgroup=shared,
+    )
+
+
+def _hip_features(arch: str) -> set[str]:
+    return {feature for prefix, has in _HIP_FEATURES.items() if arch.startswith(prefix) for feature in has}
+
+
+def _cuda_features(capability: tuple[int, int]) -> set[str]:
+    return {feature for feature, since in _CUDA_FEATURES.items() if capability >= since}
+
+
 def probe(device: str = "auto") -> Target:
     """Describes `device`: auto (a GPU if torch sees one), cpu, cuda or cuda:N (AMD GPUs included).
 
@@ -136,11 +184,10 @@ def _probe_gpu(index: int) -> Target:
     free, total = torch.cuda.mem_get_info(index)
     if torch.version.hip:
         kind, arch = "hip", str(properties.gcnArchName).split(":")[0]
-        features = {f for prefix, has in _HIP_FEATURES.items() if arch.startswith(prefix) for f in has}
+        features = _hip_features(arch)
     else:
-        capability = (properties.major, properties.minor)
         kind, arch = "cuda", f"sm_{properties.major}{properties.minor}"
-        features = {feature for feature, since in _CUDA_FEATURES.items() if capability >= since}
+        features = _cuda_features((properties.major, properties.minor))
     if properties.is_integrated:
         features.add("unified_memory")
     return Target(

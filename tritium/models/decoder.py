@@ -18,31 +18,35 @@ from tritium.nn.mlps import Mlp, SparseMoe
 from tritium.ops.linear import linear
 from tritium.ops.norm import rms_norm
 from tritium.ops.spans import Spans
+from tritium.ops.spec import wide
 
 
 class Layer:
-    """x + mixer(norm(x)), then + mlp(norm(·))."""
+    """x + mixer(norm(x)), then + mlp(norm(·)). The residual stream x is in float32 (float64 in float64 networks)."""
 
     def __init__(
         self, parameters: Parameters, prefix: str, config: ModelConfig, kind: str, rope_table_LF2: torch.Tensor
     ) -> None:
-        self.input_norm = parameters[f"{prefix}.input_norm.weight"]
-        self.post_norm = parameters[f"{prefix}.post_norm.weight"]
-        self.eps = config.rms_eps
+        norm_H, eps = parameters[f"{prefix}.input_norm.weight"], config.rms_eps
         self.mixer: Attention | GatedDeltaNet
         if kind == FULL:
-            self.mixer = Attention(parameters, f"{prefix}.attn", rope_table_LF2=rope_table_LF2, eps=self.eps)
+            self.mixer = Attention(
+                parameters, f"{prefix}.attn", norm_H=norm_H, rope_table_LF2=rope_table_LF2, eps=eps
+            )
         else:
-            self.mixer = GatedDeltaNet(parameters, f"{prefix}.gdn", key_heads=config.gdn_key_heads, eps=self.eps)
+            self.mixer = GatedDeltaNet(
+                parameters, f"{prefix}.gdn", norm_H=norm_H, key_heads=config.gdn_key_heads, eps=eps
+            )
+        norm_H = parameters[f"{prefix}.post_norm.weight"]
         self.mlp: Mlp | SparseMoe
         if config.moe is None:
-            self.mlp = Mlp(parameters[f"{prefix}.mlp.gate_up.weight"], parameters[f"{prefix}.mlp.down.weight"])
+            self.mlp = Mlp(parameters, f"{prefix}.mlp", norm_H=norm_H, eps=eps)
         else:
-            self.mlp = SparseMoe(parameters, f"{prefix}.moe", config.moe.experts_per_token)
+            k = config.moe.experts_per_token
+            self.mlp = SparseMoe(parameters, f"{prefix}.moe", norm_H=norm_H, eps=eps, k=k)
 
     def __call__(self, x_TH: torch.Tensor, spans: Spans, cache: LayerCache) -> torch.Tensor:
-        x_TH = x_TH + self.mixer(rms_norm(x_MD=x_TH, w_D=self.input_norm, eps=self.eps), spans, cache)  # type: ignore[arg-type]
-        return x_TH + self.mlp(rms_norm(x_MD=x_TH, w_D=self.post_norm, eps=self.eps))
+        return self.mlp(self.mixer(x_TH, spans, cache))  # type: ignore[arg-type]
 
 
 class Decoder:
@@ -65,15 +69,15 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
         """Hidden states after the final norm, [T, H]. `caches` has one entry a layer."""
-        x_TH = functional.embedding(batch.ids_T, self.embed)
+        x_TH = functional.embedding(batch.ids_T, self.embed).to(wide(self.dtype))
         for layer, cache in zip(self.layers, caches):
             x_TH = layer(x_TH, batch.spans, cache)
-        return rms_norm(x_MD=x_TH, w_D=self.norm, eps=self.config.rms_eps)
+        return rms_norm(x_MD=x_TH, w_D=self.norm, eps=self.config.rms_eps, dtype=self.dtype)
 
     @torch.inference_mode()
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """[S, V] float32."""
-        return linear(x_MK=hidden_SH, w_NK=self.lm_head).float()
+        return linear(x_MK=hidden_SH, w_JK=self.lm_head).float()
 
     @torch.inference_mode()
     def draft_hidden(
@@ -109,8 +113,8 @@ class MtpHead:
             ],
             dim=-1,
         )
-        x_TH = self.layer(linear(x_MK=x_TH, w_NK=self.fc), spans, cache)
-        return rms_norm(x_MD=x_TH, w_D=self.norm, eps=self.eps)
+        x_TH = linear(x_MK=x_TH, w_JK=self.fc).to(wide(self.fc.dtype))
+        return rms_norm(x_MD=self.layer(x_TH, spans, cache), w_D=self.norm, eps=self.eps, dtype=self.fc.dtype)
 
 
 def rope_table(config: ModelConfig, positions: int, device: torch.device) -> torch.Tensor:
@@ -142,7 +146,7 @@ def allocate_caches(
         keys, heads, value = config.gdn_key_heads * config.gdn_key_dim, config.gdn_value_heads, config.gdn_value_dim
         return GdnCache(
             state=pool(slots + 1, heads, config.gdn_key_dim, value, dtype=torch.float32),
-            conv=pool(slots + 1, config.conv_width - 1 + drafts, config.conv_channels),
+            conv=pool(slots + 1, config.conv_width + drafts, config.conv_channels),
             pending=pool(slots + 1, drafts, keys + heads * (value + 2), dtype=torch.float32),
         )
 

@@ -164,7 +164,8 @@ def _moe(d: _Declaration, config: ModelConfig, to: str, source: str) -> None:
     assert config.moe is not None
     H, E, Im = config.hidden_size, config.moe.num_experts, config.moe.intermediate_size
     experts = f"{source}.experts"
-    d.matrix(f"{to}.router.weight", f"{source}.gate.weight", E, H)
+    rows = ((f"{source}.gate.weight", (E, H)), (f"{source}.shared_expert_gate.weight", (1, H)))
+    d.stacked(f"{to}.router.weight", "matrix", *rows)
     d.experts(
         f"{to}.experts_gate_up.weight",
         f"{experts}.gate_up_proj",
@@ -177,5 +178,4 @@ def _moe(d: _Declaration, config: ModelConfig, to: str, source: str) -> None:
         (E, H, Im),
         lambda e: [f"{experts}.{e}.down_proj.weight"],
     )
-    d.matrix(f"{to}.shared_gate.weight", f"{source}.shared_expert_gate.weight", 1, H)
     _mlp(d, config, f"{to}.shared_", f"{source}.shared_expert", config.moe.shared_intermediate_size)

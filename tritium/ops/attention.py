@@ -18,7 +18,7 @@ import torch
 
 from tritium.ops.elementwise import sigmoid
 from tritium.ops.linear import ROWS
-from tritium.ops.spans import Spans
+from tritium.ops.spans import SHORT, Spans
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 PAGE = 64
@@ -28,14 +28,12 @@ PAGE_BLOCK = 32
 """Pages whose scores are held at once; blocks start at multiples of this, whatever the row."""
 ROW_TILE = 16
 """Decode rows that are attended together, so that gathered keys stay small."""
-SHORT = 16
-"""Tokens of a row up to which it is attended beside others: decode rows with their drafts."""
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     t, n, g, d = (dims[name] for name in ("T", "N", "G", "D"))
     context = dims["L"]
-    lengths, contexts = ((t - 2, 1, 1), (context, 3, 0)) if t > 2 else ((t,), (context,))
+    lengths, contexts = ((1, 1, t - 2), (3, 0, context)) if t > 2 else ((t,), (context,))
     pages, tables = 1, []
     for length, start in zip(lengths, contexts):
         need = -(-(start + length) // PAGE)

@@ -24,8 +24,8 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
     t, n, g, d, f = (dims[name] for name in ("T", "N", "G", "D", "F"))
     full = wide(dtype)
     angles_LF = torch.arange(200, dtype=full)[:, None] * torch.logspace(0, -3, f, dtype=full)
-    lengths = (t - 1, 1) if t > 1 else (1,)
-    contexts = (0, 130)[: len(lengths)] if t > 1 else (63,)
+    lengths = (1, t - 1) if t > 1 else (1,)
+    contexts = (130, 0)[: len(lengths)] if t > 1 else (63,)
     return {
         "x_TE": randn(generator, t, 2 * n * d + 2 * g * d, dtype=dtype),
         "q_norm_D": randn(generator, d, dtype=full, scale=0.3),

@@ -32,8 +32,8 @@ L2_EPS = 1e-6
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    lengths = (1, dims["T"] - 2, 1) if dims["T"] > 2 else (dims["T"],)
-    contexts = (7, 0, 64)[: len(lengths)]
+    lengths = (1, 1, dims["T"] - 2) if dims["T"] > 2 else (dims["T"],)
+    contexts = (7, 64, 0)[: len(lengths)]
     rows = len(lengths)
     heads, key, value = dims["nv"], dims["dk"], dims["dv"]
     channels = 2 * dims["nk"] * key + heads * value

@@ -1,12 +1,15 @@
-"""Routed experts: pick K of E for each token, run them, add them up.
+"""Routed experts beside a shared one: pick K of E for each token, run them, add them up.
 
     router:   p = softmax(logits) over all E in float32;  top K;  weights renormalised to sum 1
-    experts:  y[t] = Σ_j weight[t, j] · down_e(silu(gate_e(x)) · up_e(x)),   e = expert[t, j]
+    experts:  y[t] = Σ_j weight[t, j] · down_e(silu(gate_e(h)) · up_e(h)),   e = expert[t, j]
+    moe:      x + experts(h) + sigmoid(logit[E]) · shared(h),   h = rms_norm(x),   logits = h routerᵀ
 
-Ties go to the lower expert. The sum runs over j in falling order of weight, whatever else shares the step.
+Ties go to the lower expert. The sum runs over j in falling order of weight, whatever else shares the step, then the
+shared expert.
 
 Shapes: T tokens, E experts, K experts a token, H hidden, I expert width; logits_TE, expert_TK int64, weight_TK float32,
-x_TH, gate_up_EJH with J = 2 I, down_EHI, y_TH.
+x_TH, gate_up_EJH with J = 2 I, down_EHI, y_TH; router_FH with F = E + 1, the shared expert's gate last; the shared
+expert's shared_gate_up_SH and shared_down_HS' of a width of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from typing import Any
 
 import torch
 
-from tritium.ops.linear import linear
-from tritium.ops.mlp import silu_mul
+from tritium.ops.elementwise import sigmoid
+from tritium.ops.linear import reference as linear
+from tritium.ops.norm import reference as rms_norm
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 
@@ -83,8 +87,8 @@ def experts_reference(
     for expert, count in enumerate(counts):
         if count:
             picks = order[begin : begin + count]
-            inner = silu_mul(x_TJ=linear(x_MK=x_TH[picks // k], w_NK=gate_up_EJH[expert]))
-            out[picks] = linear(x_MK=inner, w_NK=down_EHI[expert])
+            inner = linear(x_MK=x_TH[picks // k], w_JK=gate_up_EJH[expert], gated=True)
+            out[picks] = linear(x_MK=inner, w_JK=down_EHI[expert])
             begin += count
     out_TKH = out.view(tokens, k, -1).to(weight_TK.dtype)
     y_TH = out_TKH[:, 0] * weight_TK[:, :1]
@@ -93,5 +97,63 @@ def experts_reference(
     return y_TH.to(x_TH.dtype)
 
 
+def moe_reference(
+    *,
+    x_TH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    router_FH: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+    shared_gate_up_SH: torch.Tensor,
+    shared_down_HS: torch.Tensor,
+    k: int,
+) -> torch.Tensor:
+    """y_TH in x's dtype (that of the residual stream)."""
+    h_TH = rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=gate_up_EJH.dtype)
+    logits_TF = linear(x_MK=h_TH, w_JK=router_FH)
+    expert_TK, weight_TK = router_reference(logits_TE=logits_TF[:, :-1], k=k)
+    routed_TH = experts_reference(
+        x_TH=h_TH, expert_TK=expert_TK, weight_TK=weight_TK, gate_up_EJH=gate_up_EJH, down_EHI=down_EHI
+    )
+    shared_TH = linear(x_MK=linear(x_MK=h_TH, w_JK=shared_gate_up_SH, gated=True), w_JK=shared_down_HS)
+    return x_TH + (routed_TH.to(x_TH.dtype) + sigmoid(logits_TF[:, -1:].to(x_TH.dtype)) * shared_TH.to(x_TH.dtype))
+
+
+def _moe_inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    t, e, h, i, s = (dims[name] for name in ("T", "E", "H", "I", "S"))
+    full = wide(dtype)
+    return {
+        "x_TH": randn(generator, t, h, dtype=full),
+        "norm_H": randn(generator, h, dtype=full, scale=0.3),
+        "eps": 1e-6,
+        "router_FH": randn(generator, e + 1, h, dtype=dtype, scale=h**-0.5),
+        "gate_up_EJH": randn(generator, e, 2 * i, h, dtype=dtype, scale=h**-0.5),
+        "down_EHI": randn(generator, e, h, i, dtype=dtype, scale=i**-0.5),
+        "shared_gate_up_SH": randn(generator, 2 * s, h, dtype=dtype, scale=h**-0.5),
+        "shared_down_HS": randn(generator, h, s, dtype=dtype, scale=s**-0.5),
+        "k": dims["K"],
+    }
+
+
+MOE_SPEC = OpSpec(
+    name="moe",
+    cases=(
+        {"T": 1, "E": 7, "K": 2, "H": 64, "I": 32, "S": 32},
+        {"T": 5, "E": 9, "K": 3, "H": 72, "I": 24, "S": 40},
+        {"T": 70, "E": 16, "K": 4, "H": 128, "I": 64, "S": 64},
+    ),
+    inputs=_moe_inputs,
+    results=lambda arguments, returned: {"y_TH": returned},
+    bytes_moved=lambda d, size: size * d["H"] * (
+        3 * d["I"] * min(d["E"], d["T"] * d["K"]) + 3 * d["S"] + d["E"] + 1 + 4 * d["T"]
+    ),
+    flops=lambda d: 2 * d["T"] * d["H"] * (3 * d["I"] * d["K"] + 3 * d["S"] + d["E"] + 1),
+    # As for the router: a choice that hangs on a rounding cannot be compared.
+    dtypes=(torch.float32,),
+    tuning_key=("E", "K", "H", "I"),
+)
+
+moe = Op(MOE_SPEC, moe_reference)
 router_top_k = Op(ROUTER_SPEC, router_reference)
 experts = Op(EXPERTS_SPEC, experts_reference)

@@ -55,8 +55,11 @@ def _normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def reference(*, x_MD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
-    return (_normalised(x_MD, eps) * (1.0 + w_D)).to(x_MD.dtype)
+def reference(
+    *, x_MD: torch.Tensor, w_D: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """y_MD in `dtype`, else in x's."""
+    return (_normalised(x_MD, eps) * (1.0 + w_D)).to(dtype or x_MD.dtype)
 
 
 def gated_reference(*, x_MD: torch.Tensor, z_MD: torch.Tensor, w_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -65,5 +68,5 @@ def gated_reference(*, x_MD: torch.Tensor, z_MD: torch.Tensor, w_D: torch.Tensor
     return (_normalised(x_MD, eps) * w_D * gate).to(z_MD.dtype)
 
 
-rms_norm = Op(SPEC, reference)
-gated_rms_norm = Op(GATED_SPEC, gated_reference)
+rms_norm = Op(SPEC, reference, "norm:rms_norm")
+gated_rms_norm = Op(GATED_SPEC, gated_reference, "norm:gated_rms_norm")

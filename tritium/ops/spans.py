@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 Made = TypeVar("Made")
+
+SHORT = 16
+"""Tokens of a row up to which it counts as short: decode rows with their drafts, and the ends of prompts."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Spans:
     the `folds[r]` tokens before the span were drafts that are accepted by now, and what they would have done to the
     state is kept beside it. The last `drafts[r]` tokens of the span may yet be rejected, so slot `slots[r]` gets the
     state before them, and their inputs are kept beside it. `snapshots[r]` asks for copies: (position, slot) puts the
-    state after `position` tokens there. A row whose state begins at position 0 starts from zero whatever a slot holds.
+    state after `position` > contexts[r] tokens there. A row whose state begins at position 0 starts from zero
+    whatever a slot holds.
     """
 
     lengths: tuple[int, ...]
@@ -66,6 +70,46 @@ class Spans:
 
     def tensor(self, values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def num_short(self) -> int:
+        """Rows of at most SHORT tokens, which kernels want first."""
+        count = sum(length <= SHORT for length in self.lengths)
+        if any(length > SHORT for length in self.lengths[:count]):
+            raise ValueError(f"rows of at most {SHORT} tokens must come first: {self.lengths}")
+        return count
+
+    @cached_property
+    def table(self) -> Table:
+        """One copy to the device. Short rows may ask for one snapshot each."""
+        rows, tokens, width = self.num_rows, self.num_tokens, max(len(row) for row in self.pages)
+        asked = [taken if n <= SHORT else () for taken, n in zip(self.snapshots, self.lengths)]
+        snaps = [taken[0] if taken else (0, -1) for taken in asked]
+        if any(len(taken) > 1 for taken in asked):
+            raise ValueError(f"a row of at most {SHORT} tokens can leave one snapshot")
+        columns = (self.starts, self.lengths, self.contexts, self.sources, self.slots, self.folds, self.drafts,
+                   self.since or (0,) * rows, [at for at, _ in snaps], [slot for _, slot in snaps])  # fmt: skip
+        host = torch.zeros(rows * (len(columns) + width) + 2 * tokens, dtype=torch.int32)
+        host[: rows * len(columns)] = torch.tensor(columns, dtype=torch.int32).view(-1)
+        pages_RP = host[rows * len(columns) : rows * (len(columns) + width)].view(rows, width)
+        for r, pages in enumerate(self.pages):
+            pages_RP[r, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        row_T = torch.repeat_interleave(torch.arange(rows), torch.tensor(self.lengths))
+        offset_T = torch.arange(tokens) - torch.tensor(self.starts)[row_T]
+        host[-2 * tokens : -tokens] = row_T
+        host[-tokens:] = offset_T + torch.tensor(self.contexts)[row_T]
+        return self.table_of(host.to(self.device, non_blocking=True), rows, width, tokens)
+
+    @staticmethod
+    def table_of(packed: torch.Tensor, rows: int, width: int, tokens: int) -> Table:
+        """Views of one int32 tensor of rows * (10 + width) + 2 * tokens."""
+        columns_NR, rest = packed[: rows * 10].view(10, rows), packed[rows * 10 :]
+        pages_RP, row_and_position_2T = rest[: rows * width].view(rows, width), rest[rows * width :].view(2, tokens)
+        return Table._make((*columns_NR.unbind(), pages_RP, *row_and_position_2T.unbind()))
 
     def cached(self, name: str, make: Callable[[Spans], Made]) -> Made:
         """What an op derives from the spans, made once a step for all layers."""
@@ -185,34 +229,36 @@ class Spans:
         ranks, slots = zip(*pairs, strict=True)
         return None if ranks == tuple(range(self.num_rows)) else self.tensor(ranks), self.tensor(slots)
 
-    def conv_windows(self, stored: int, width: int) -> ConvWindows:
-        """Indices for a causal convolution of `width` taps over [R * stored kept inputs; T new inputs].
+    def conv_windows(self, ring: int, width: int) -> ConvWindows:
+        """Indices for a causal convolution of `width` taps; a slot keeps the input of position p at p % ring."""
+        return self.cached(f"conv_windows_{ring}_{width}", lambda spans: spans._conv_windows(ring, width))
 
-        A row keeps `stored` inputs: the width - 1 before its state's position, then those of drafts.
-        """
-        cached = self.__dict__.setdefault("_windows", {})
-        if (stored, width) not in cached:
-            cached[stored, width] = self._conv_windows(stored, width)
-        return cached[stored, width]
-
-    def _conv_windows(self, stored: int, width: int) -> ConvWindows:
-        folds_R = self.tensor(self.folds)
-
-        def source(row: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-            """Index of a row's input at `offset` from its span's start; negative ones are kept inputs."""
-            kept = row * stored + width - 1 + folds_R[row] + offset
-            return torch.where(offset >= 0, self.num_rows * stored + self.tensor(self.starts)[row] + offset, kept)
-
-        taps_TW = source(self.row_of_T[:, None], self.offset_T[:, None] + self.tensor(range(width)) - (width - 1))
-        saved = self.tensor([r for r, _, _ in self.saves])
-        after = self.tensor([after for _, after, _ in self.saves]) - folds_R[saved]
-        last = self.tensor(self.lengths)[saved] - 1
-        offset_NW = after[:, None] - (width - 1) + self.tensor(range(stored))
+    def _conv_windows(self, ring: int, width: int) -> ConvWindows:
+        past = width - 1
+        history = [
+            source * ring + (context + i) % ring
+            for source, context in zip(self.sources, self.contexts)
+            for i in range(-past, 0)
+        ]
+        offset_TW = self.offset_T[:, None] + self.tensor(range(-past, 1))
+        from_history_TW = (self.row_of_T * past + past)[:, None] + offset_TW
+        from_span_TW = self.num_rows * past + self.tensor(self.starts)[self.row_of_T][:, None] + offset_TW
+        kept: list[tuple[int, int]] = []
+        for r, context in enumerate(self.contexts):
+            end = context + self.lengths[r]
+            ends = [(max(context - past, end - ring), end, self.slots[r])]
+            ends += [(position - past, position, slot) for position, slot in self.snapshots[r]]
+            for first, stop, slot in ends:
+                for position in range(max(first, 0), stop):
+                    of_span = self.num_rows * past + self.starts[r] + position - context
+                    of_history = r * past + past + position - context
+                    kept.append((of_span if position >= context else of_history, slot * ring + position % ring))
+        sources, targets = zip(*kept, strict=True)
         return ConvWindows(
-            taps_WT=taps_TW.t().contiguous(),
-            # Beyond a row's last input there is nothing to keep: those places repeat it and are never read.
-            kept_NW=source(saved[:, None], torch.minimum(offset_NW, last[:, None])),
-            slots_N=self.tensor([slot for _, _, slot in self.saves]),
+            history_N=self.tensor(history),
+            taps_WT=torch.where(offset_TW >= 0, from_span_TW, from_history_TW).t().contiguous(),
+            kept_from_N=self.tensor(sources),
+            kept_to_N=self.tensor(targets),
         )
 
 
@@ -234,8 +280,35 @@ class TimeMajor:
 
 @dataclass(frozen=True)
 class ConvWindows:
-    """Sources of every token's taps, oldest first, and of what each of the N saved states keeps."""
+    """Where a convolution reads and what it keeps, as indices of flat tensors.
 
+    `history_N` (R rows x W - 1, oldest first) and `kept_to_N` index [slots x ring]; `taps_WT`, oldest first, and
+    `kept_from_N` index [history; T new inputs].
+    """
+
+    history_N: torch.Tensor
     taps_WT: torch.Tensor
-    kept_NW: torch.Tensor
-    slots_N: torch.Tensor
+    kept_from_N: torch.Tensor
+    kept_to_N: torch.Tensor
+
+
+class Table(NamedTuple):
+    """The spans as kernels read them, on the device, all int32. Graphs keep one and refill it.
+
+    A row that is not there has length 0. `snap_at_R`, `snap_slot_R`: a short row's snapshot (position, slot), slot -1
+    for none. A token of no row has position -1.
+    """
+
+    starts_R: torch.Tensor
+    lengths_R: torch.Tensor
+    contexts_R: torch.Tensor
+    sources_R: torch.Tensor
+    slots_R: torch.Tensor
+    folds_R: torch.Tensor
+    drafts_R: torch.Tensor
+    since_R: torch.Tensor
+    snap_at_R: torch.Tensor
+    snap_slot_R: torch.Tensor
+    pages_RP: torch.Tensor
+    row_T: torch.Tensor
+    position_T: torch.Tensor

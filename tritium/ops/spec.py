@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -38,18 +40,31 @@ class OpSpec:
 
 @dataclass(frozen=True)
 class Op:
-    """A callable op: its spec and its forms. Every op has a reference in plain PyTorch; faster forms join it."""
+    """A callable op: its spec, its reference in plain PyTorch, and its Triton form. The device of the tensors chooses:
+    the reference on a CPU, the kernel elsewhere; both may be called by name."""
 
     spec: OpSpec
     reference: Callable[..., Any]
+    launcher: str = ""
+    """module:function in `tritium.ops.kernels`, imported when it is first used: a CPU needs no Triton."""
 
     def __call__(self, **arguments: Any) -> Any:
-        return self.reference(**arguments)
+        return (self.kernel if self.launcher and _on_device(arguments) else self.reference)(**arguments)
 
-    @property
-    def form(self) -> str:
-        """Which form serves a call on this machine."""
-        return "reference (PyTorch)"
+    @cached_property
+    def kernel(self) -> Callable[..., Any]:
+        """The launcher of the Triton form. Raises ImportError where there is no Triton."""
+        module, _, function = self.launcher.partition(":")
+        found: Callable[..., Any] = getattr(import_module(f"tritium.ops.kernels.{module}"), function)
+        return found
+
+    def form(self, kind: str) -> str:
+        """Which form serves a call on a device of this kind (cpu, cuda, hip)."""
+        return "kernel (Triton)" if self.launcher and kind != "cpu" else "reference (PyTorch)"
+
+
+def _on_device(arguments: Mapping[str, Any]) -> bool:
+    return next(x for x in arguments.values() if isinstance(x, torch.Tensor)).device.type != "cpu"
 
 
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

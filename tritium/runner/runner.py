@@ -34,7 +34,7 @@ class Runner:
         checkpoints in host memory."""
         self.model = model
         self.caches = caches
-        self.states = States(caches, kept_inputs=model.config.conv_width - 1, places=host_places)
+        self.states = States(caches, places=host_places)
         self.sampler = Sampler()
         self.run_head = run_head and model.mtp is not None
         self.force_acceptance = force_acceptance

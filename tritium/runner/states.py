@@ -16,15 +16,14 @@ from tritium.nn.batch import GdnCache, LayerCache
 class States:
     """The host's tier of checkpoints, and slots seen as bytes.
 
-    A checkpoint is the recurrent state of every GDN layer, then the inputs that its convolution looks back on; what a
-    slot keeps of drafts is not part of it. On a GPU host memory is pinned, and copies run on a stream of their own:
-    the forward pass waits for what comes back, and never for what goes out.
+    A checkpoint is the recurrent state of every GDN layer, then the ring of inputs that its convolution looks back on;
+    what a slot keeps of drafts is not part of it. On a GPU host memory is pinned, and copies run on a stream of their
+    own: the forward pass waits for what comes back, and never for what goes out.
     """
 
-    def __init__(self, caches: Sequence[LayerCache], *, kept_inputs: int, places: int = 0) -> None:
-        """`kept_inputs`: those that a convolution looks back on, its width - 1."""
+    def __init__(self, caches: Sequence[LayerCache], *, places: int = 0) -> None:
         layers = [cache for cache in caches if isinstance(cache, GdnCache)]
-        self._parts = [layer.state for layer in layers] + [layer.conv[:, :kept_inputs] for layer in layers]
+        self._parts = [layer.state for layer in layers] + [layer.conv for layer in layers]
         self._sizes = [part[0].numel() * part.element_size() for part in self._parts]
         self.num_bytes = sum(self._sizes)
         self._device = caches[0][0].device

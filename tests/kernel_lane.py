@@ -1,0 +1,85 @@
+"""The lanes of a kernel: what `test_kernels.py` runs in Triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import pkgutil
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import tritium.ops
+from tritium.ops.spans import Spans
+from tritium.ops.spec import Op
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+"""The interpreter multiplies bfloat16 wrongly."""
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Unit roundoff: what is granted to a result of that dtype where the reference, which rounds less on its way, is better."""
+
+
+def all_ops() -> list[Op]:
+    modules = [importlib.import_module(f"tritium.ops.{m.name}") for m in pkgutil.iter_modules(tritium.ops.__path__)]
+    ops = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, Op)}
+    return sorted(ops.values(), key=lambda op: op.spec.name)
+
+
+def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    """A deep copy of a call's arguments on `device`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, copy=True)
+        if isinstance(value, Spans):
+            return replace(value, device=torch.device(device))
+        return copy.deepcopy(value)
+
+    return {name: move(value) for name, value in arguments.items()}
+
+
+def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
+    x, truth = x.double().cpu(), truth.double().cpu()
+    if not torch.isfinite(x).all():
+        return float("inf")
+    return float((x - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def ratios(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int) -> dict[str, float]:
+    """Of each result: error of the kernel against float64 over the allowed one, which is `tolerance` times the larger of
+    the same-dtype reference's error and the dtype's rounding. At most 1 is right.
+
+    All three see the same numbers: the inputs as rounded to `dtype`.
+    """
+    given = op.spec.inputs(dims, dtype, torch.Generator().manual_seed(seed))
+    exact = {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in moved(given, "cpu").items()
+    }
+    truth = op.spec.results(exact, op.reference(**exact))
+    same = moved(given, "cpu")
+    expected = op.spec.results(same, op.reference(**same))
+    poison()
+    mine = moved(given, DEVICE)
+    got = op.spec.results(mine, op.kernel(**mine))
+    assert got.keys() == truth.keys()
+    out = {}
+    for name, value in truth.items():
+        assert got[name].shape == value.shape, (name, got[name].shape, value.shape)
+        if not value.is_floating_point():
+            out[name] = 0.0 if torch.equal(got[name].cpu().long(), value.long()) else float("inf")
+            continue
+        allowed = op.spec.tolerance * max(relative(expected[name], value), ROUNDING[dtype])
+        out[name] = relative(got[name], value) / allowed
+    return out
+
+
+def poison() -> None:
+    """NaNs in the memory that the next allocations will be made of (as far as an allocator reuses it)."""
+    if DEVICE == "cuda":
+        held = [torch.full((n,), float("nan"), device="cuda") for n in (2**8, 2**12, 2**16, 2**20, 2**24)]
+        del held

@@ -1,0 +1,51 @@
+"""Every Triton form against its op's reference in float64: in the interpreter here, on the device with `make gpu`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernel_lane
+
+CASES = [
+    pytest.param(op, dims, dtype, id=f"{op.spec.name}-{'-'.join(f'{k}{v}' for k, v in dims.items())}-{str(dtype)[6:]}")
+    for op in kernel_lane.all_ops()
+    if op.launcher
+    for dims in op.spec.cases
+    for dtype in kernel_lane.DTYPES
+    if dtype in op.spec.dtypes
+]
+
+
+def check(op, dims, dtype, seed: int) -> None:  # type: ignore[no-untyped-def]
+    for name, ratio in kernel_lane.ratios(op, dims, dtype, seed).items():
+        assert ratio <= 1, f"{name}: {ratio:.2f} times the error that is allowed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize(("op", "dims", "dtype"), CASES)
+def test_on_the_device(op, dims, dtype, seed: int) -> None:  # type: ignore[no-untyped-def]
+    check(op, dims, dtype, seed)
+
+
+@pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the test below")
+@pytest.mark.parametrize(("op", "dims", "dtype"), CASES)
+def test_in_the_interpreter(op, dims, dtype, seed: int) -> None:  # type: ignore[no-untyped-def]
+    check(op, dims, dtype, seed)
+
+
+@pytest.mark.skipif(kernel_lane.INTERPRETED, reason="this starts the interpreter")
+def test_every_op_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides at import whether it interprets."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "in_the_interpreter", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,51 @@
+"""Launch parameters from *.json: found on the device by `tritium tune`, never at run time.
+
+A file is for one chip ("sm_90") or for all (default.json):
+
+    {"linear.gemv": [{"key": {"N": 16480, "K": 5120}, "parameters": {"rows": 16, "num_warps": 4}}, ...], ...}
+
+The entry of a request is the one with exactly its key, else the nearest (sum over the key's numbers of
+|log2(asked / entry)|, an entry without one of them matching any), of the chip's file, else of the default file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tritium.hw.target import Target
+
+DIRECTORY = Path(__file__).parent
+
+
+@lru_cache
+def table(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The entries of one file, by op; none where there is no such file."""
+    path = DIRECTORY / f"{name}.json"
+    found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+@lru_cache(maxsize=4096)
+def launch_parameters(op: str, target: Target, key: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+    """Parameters of `op` for the sizes in `key`. Raises KeyError for an op that no file knows."""
+    parameters: dict[str, Any] = choice(op, target, dict(key))["parameters"]
+    return parameters
+
+
+def choice(op: str, target: Target, key: dict[str, int]) -> dict[str, Any]:
+    """The entry that serves, with `file`, and `how`: exact, nearest or default."""
+    for name in (target.arch, "default"):
+        entries = table(name).get(op, [])
+        if entries:
+            best = min(entries, key=lambda entry: _distance(entry["key"], key))
+            how = "default" if name == "default" else "exact" if best["key"] == key else "nearest"
+            return {**best, "file": f"{name}.json", "how": how}
+    raise KeyError(f"no launch parameters for {op} in {DIRECTORY}")
+
+
+def _distance(entry: dict[str, int], asked: dict[str, int]) -> float:
+    return sum(abs(math.log2(max(asked[name], 1) / max(value, 1))) for name, value in entry.items() if name in asked)

@@ -1,0 +1,1 @@
+"""The Triton forms of the ops: kernels and their launchers, imported where a GPU or the interpreter runs them."""

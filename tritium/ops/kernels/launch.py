@@ -1,0 +1,108 @@
+"""How kernels are launched: for the device of their tensors, with the parameters found for it.
+
+Three lanes run the same launchers: on a GPU, in Triton's interpreter (TRITON_INTERPRET=1, tensors of the CPU), and on
+the meta device, where `recorded` notes what would be launched, for the compile matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tritium.hw import Target, named, probe
+from tritium.hw.tuned import launch_parameters
+
+PDL_OFF, PDL_AFTER_WAIT, PDL_AFTER_LOOP = 0, 1, 2
+"""Dependent launch: none; let the next kernel start as soon as this one's inputs are there; or when its loop is done.
+Never before the wait, so what the kernel before the last one wrote is always visible before a wait."""
+
+
+@triton.jit
+def wait_for_inputs(pdl: tl.constexpr):
+    """Before the first read of what the kernel before wrote, and the first write."""
+    if pdl > 0:
+        gdc_wait()
+    if pdl == 1:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def release_next(pdl: tl.constexpr):
+    """After the main loop."""
+    if pdl == 2:
+        gdc_launch_dependents()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: what the compile matrix compiles."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+
+@dataclass
+class _Recording:
+    target: Target
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recorded(arch: str) -> Iterator[list[Launch]]:
+    """Launchers called with tensors of the meta device add to the list instead, as if they ran on `arch`."""
+    recording = _Recording(named(arch))
+    token = _recording.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        _recording.reset(token)
+
+
+def target_of(x: torch.Tensor) -> Target:
+    """The device that a tensor lives on."""
+    recording = _recording.get()
+    return recording.target if recording else _probed(str(x.device))
+
+
+@lru_cache
+def _probed(device: str) -> Target:
+    return probe(device)
+
+
+def parameters(op: str, x: torch.Tensor, **key: int) -> dict[str, Any]:
+    """Launch parameters of `op` on the device of `x` for these sizes; `pdl` is 0 where the device has no dependent
+    launch."""
+    target = target_of(x)
+    found = launch_parameters(op, target, tuple(sorted(key.items())))
+    return dict(found) if "dependent_launch" in target.features else {**found, "pdl": PDL_OFF}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: int = PDL_OFF, **options: Any) -> None:
+    """Runs `kernel[grid](*arguments, pdl=pdl, **options)`; `options` are its constexprs, num_warps, num_stages and
+    maxnreg. The kernel has a constexpr `pdl`."""
+    recording = _recording.get()
+    if recording is not None:
+        recording.launches.append(Launch(kernel, grid, arguments, {**options, "pdl": pdl}))
+        return
+    if pdl:
+        options["launch_pdl"] = True
+    kernel[grid](*arguments, pdl=pdl, **options)
+
+
+def exact_dot(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: float32 operands are multiplied as such, not rounded to TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
