@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import os
 import pkgutil
@@ -20,7 +21,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 """The interpreter multiplies bfloat16 wrongly."""
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""Unit roundoff: what is granted to a result of that dtype where the reference, which rounds less on its way, is better."""
+"""Unit roundoff: granted to a result of that dtype where the reference, which rounds less on its way, is better."""
 
 
 def all_ops() -> list[Op]:
@@ -37,6 +38,10 @@ def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
             return value.to(device, copy=True)
         if isinstance(value, Spans):
             return replace(value, device=torch.device(device))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(move(part) for part in value))
+        if dataclasses.is_dataclass(value):
+            return replace(value, **{f.name: move(getattr(value, f.name)) for f in dataclasses.fields(value)})
         return copy.deepcopy(value)
 
     return {name: move(value) for name, value in arguments.items()}
@@ -50,8 +55,8 @@ def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def ratios(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int) -> dict[str, float]:
-    """Of each result: error of the kernel against float64 over the allowed one, which is `tolerance` times the larger of
-    the same-dtype reference's error and the dtype's rounding. At most 1 is right.
+    """Of each result: error of the kernel against float64 over the allowed one, which is `tolerance` times the larger
+    of the same-dtype reference's error and the dtype's rounding. At most 1 is right.
 
     All three see the same numbers: the inputs as rounded to `dtype`.
     """

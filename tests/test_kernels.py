@@ -45,7 +45,8 @@ def test_in_the_interpreter(op, dims, dtype, seed: int) -> None:  # type: ignore
 @pytest.mark.skipif(kernel_lane.INTERPRETED, reason="this starts the interpreter")
 def test_every_op_in_the_interpreter() -> None:
     """In a process of its own: Triton decides at import whether it interprets."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "in_the_interpreter", __file__]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "in_the_interpreter"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,96 @@
+"""What a decode step of a graph is fed with: the rows as the host planned them, with ids that it does not know yet.
+
+A graph keeps one `Table`, ids and positions for R rows of Q tokens; before each replay the host sends one int32 tensor,
+and this op fills them from it:
+
+    id[r, i]  = given[r, i] if it is ≥ 0, else drawn[-1 - given[r, i]]: a token that the step before draws
+    a row whose drawn id is among its `ends` is over: its length becomes 0, so that nothing is computed or stored for it
+    pages[r, at] = page, where at ≥ 0: the page that a row was given since the last step
+
+Shapes: R rows, Q tokens a row, D drawn tokens; host_HR int32 with H = HEADER + Q + ENDS columns: length, context,
+source, slot, fold, drafts, snap_at, snap_slot, page_at, page; Q ids; ENDS ids that end a row (-1: none). ids_T int64 and
+next_S int64 (positions of the tokens to be drawn), T = S = R Q.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tritium.ops.spans import Table
+from tritium.ops.spec import Dims, Op, OpSpec
+
+HEADER = 10
+ENDS = 8
+"""Ids that a row can wait for; a request with more of them is not planned ahead."""
+
+
+def empty_table(rows: int, tokens: int, width: int, device: torch.device) -> Table:
+    """A table for `rows` rows of `tokens` tokens, every row absent."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    starts_R = torch.arange(0, rows * tokens, tokens, dtype=torch.int32, device=device)
+    row_T = torch.arange(rows, dtype=torch.int32, device=device).repeat_interleave(tokens)
+    columns = [zeros(rows) for _ in range(8)]
+    return Table(starts_R, *columns, zeros(rows) - 1, zeros(rows, width), row_T, zeros(rows * tokens) - 1)
+
+
+def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    rows, tokens = dims["R"], dims["Q"]
+    host_HR = torch.randint(1, 60, (HEADER + tokens + ENDS, rows), generator=generator, dtype=torch.int32)
+    host_HR[0] = torch.randint(0, tokens + 1, (rows,), generator=generator)
+    host_HR[8] = torch.randint(-1, 9, (rows,), generator=generator)
+    host_HR[HEADER : HEADER + tokens : 2] *= -1
+    return {
+        "host_HR": host_HR,
+        "drawn_D": torch.randint(0, 60, (64,), generator=generator),
+        "table": empty_table(rows, tokens, 9, torch.device("cpu")),
+        "ids_T": torch.zeros(rows * tokens, dtype=torch.int64),
+        "next_S": torch.zeros(rows * tokens, dtype=torch.int64),
+    }
+
+
+SPEC = OpSpec(
+    name="feed",
+    cases=({"R": 1, "Q": 1}, {"R": 5, "Q": 3}, {"R": 33, "Q": 2}),
+    inputs=_inputs,
+    results=lambda arguments, returned: {
+        **arguments["table"]._asdict(), "ids_T": arguments["ids_T"], "next_S": arguments["next_S"]
+    },
+    bytes_moved=lambda d, size: size * d["R"] * (HEADER + d["Q"] + ENDS + 12),
+    flops=lambda d: d["R"] * d["Q"] * ENDS,
+    dtypes=(torch.float32,),
+)
+
+
+def reference(
+    *, host_HR: torch.Tensor, drawn_D: torch.Tensor, table: Table, ids_T: torch.Tensor, next_S: torch.Tensor
+) -> None:
+    """Fills `table`, `ids_T` and `next_S` in place."""
+    rows = host_HR.shape[1]
+    tokens = len(ids_T) // rows
+    given_QR, ends_ER = host_HR[HEADER : HEADER + tokens].long(), host_HR[HEADER + tokens :].long()
+    waits_QR = given_QR < 0
+    id_QR = torch.where(waits_QR, drawn_D[(-1 - given_QR).clamp_min(0)], given_QR)
+    over_R = (waits_QR & (id_QR[:, None] == ends_ER[None]).any(1)).any(0)
+    lengths_R = torch.where(over_R, 0, host_HR[0])
+    columns = (table.contexts_R, table.sources_R, table.slots_R, table.folds_R, table.drafts_R, table.snap_at_R,
+               table.snap_slot_R)  # fmt: skip
+    table.lengths_R.copy_(lengths_R)
+    for column, values in zip(columns, host_HR[1:8], strict=True):
+        column.copy_(values)
+    offset_QR = torch.arange(tokens, device=host_HR.device)[:, None].expand(tokens, rows)
+    position_QR = host_HR[1] + offset_QR
+    table.position_T.copy_(torch.where(offset_QR < lengths_R, position_QR, -1).t().reshape(-1))
+    ids_T.copy_(id_QR.t().reshape(-1))
+    next_S.copy_((position_QR + 1).t().reshape(-1))
+    given = host_HR[8] >= 0
+    at_R1 = host_HR[8].clamp_min(0).long()[:, None]
+    new_R1 = torch.where(given[:, None], host_HR[9][:, None], table.pages_RP.gather(1, at_R1))
+    table.pages_RP.scatter_(1, at_R1, new_R1)
+
+
+feed = Op(SPEC, reference, "feed:feed")

@@ -1,0 +1,58 @@
+"""The feed of a graph's decode step, one row a program. See `tritium.ops.feed`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tritium.ops.feed import ENDS, HEADER
+from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.spans import Table
+
+
+@triton.jit
+def _feed(
+    host, drawn, lengths, contexts, sources, slots, folds, drafts, snap_at, snap_slot, pages, position, ids,
+    next_position, page_stride, R, Q: tl.constexpr, HEADER: tl.constexpr, ENDS: tl.constexpr, pdl: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(0)
+    e = tl.arange(0, ENDS)
+    wait_for_inputs(pdl)
+    ends = tl.load(host + (HEADER + Q + e) * R + r)
+    length = tl.load(host + r)
+    context = tl.load(host + R + r)
+    for i in tl.static_range(Q):
+        given = tl.load(host + (HEADER + i) * R + r)
+        token = tl.load(drawn + tl.maximum(-1 - given, 0), mask=given < 0, other=0)
+        token = tl.where(given < 0, token, given.to(tl.int64))
+        over = (given < 0) & (tl.sum((ends == token).to(tl.int32)) > 0)
+        length = tl.where(over, 0, length)
+        tl.store(ids + r * Q + i, token)
+        tl.store(next_position + r * Q + i, (context + i + 1).to(tl.int64))
+    for i in tl.static_range(Q):
+        tl.store(position + r * Q + i, tl.where(i < length, context + i, -1))
+    tl.store(lengths + r, length)
+    tl.store(contexts + r, context)
+    tl.store(sources + r, tl.load(host + 2 * R + r))
+    tl.store(slots + r, tl.load(host + 3 * R + r))
+    tl.store(folds + r, tl.load(host + 4 * R + r))
+    tl.store(drafts + r, tl.load(host + 5 * R + r))
+    tl.store(snap_at + r, tl.load(host + 6 * R + r))
+    tl.store(snap_slot + r, tl.load(host + 7 * R + r))
+    page_at = tl.load(host + 8 * R + r)
+    page = tl.load(host + 9 * R + r)
+    release_next(pdl)
+    tl.store(pages + r.to(tl.int64) * page_stride + page_at, page, mask=page_at >= 0)
+
+
+def feed(
+    *, host_HR: torch.Tensor, drawn_D: torch.Tensor, table: Table, ids_T: torch.Tensor, next_S: torch.Tensor
+) -> None:
+    rows = host_HR.shape[1]
+    launch(
+        _feed, (rows,), host_HR, drawn_D, table.lengths_R, table.contexts_R, table.sources_R, table.slots_R,
+        table.folds_R, table.drafts_R, table.snap_at_R, table.snap_slot_R, table.pages_RP, table.position_T, ids_T,
+        next_S, table.pages_RP.stride(0), rows, Q=len(ids_T) // rows, HEADER=HEADER, ENDS=ENDS,
+        **parameters("feed", host_HR),
+    )  # fmt: skip
