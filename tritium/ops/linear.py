@@ -45,18 +45,23 @@ SPEC = OpSpec(
     name="linear",
     cases=(
         {"M": 1, "N": 77, "K": 100},
+        {"M": 1, "N": 8, "K": 1024, "norm": 1},
+        {"M": 1, "N": 11, "K": 1300, "norm": 1, "gated": 1},
         {"M": 1, "N": 96, "K": 130, "norm": 1, "gated": 1},
         {"M": 1, "N": 130, "K": 64, "residual": 1},
+        {"M": 2, "N": 64, "K": 256, "norm": 1, "gated": 1},
         {"M": 7, "N": 130, "K": 64, "norm": 1},
         {"M": 7, "N": 33, "K": 72, "norm": 1, "gated": 1},
         {"M": 33, "N": 100, "K": 200, "residual": 1},
         {"M": 65, "N": 256, "K": 512, "norm": 1},
+        {"M": 65, "N": 33, "K": 40, "norm": 1, "gated": 1},
+        {"M": 65, "N": 50, "K": 24, "residual": 1},
     ),
     inputs=_inputs,
     results=lambda arguments, returned: {"y_MN": returned},
     bytes_moved=lambda d, size: size * (d["M"] * d["K"] + (1 + d.get("gated", 0)) * d["N"] * d["K"] + d["M"] * d["N"]),
     flops=lambda d: 2 * d["M"] * (1 + d.get("gated", 0)) * d["N"] * d["K"],
-    tuning_key=("N", "K"),
+    tuning_key=("N", "K", "gated", "M"),
 )
 
 
@@ -81,4 +86,4 @@ def reference(
     return y_MN if residual_MN is None else residual_MN + y_MN.to(residual_MN.dtype)
 
 
-linear = Op(SPEC, reference)
+linear = Op(SPEC, reference, "linear:linear")

@@ -26,4 +26,4 @@ def reference(*, x_TJ: torch.Tensor) -> torch.Tensor:
     return (silu(gate.to(compute)) * up.to(compute)).to(x_TJ.dtype)
 
 
-silu_mul = Op(SPEC, reference)
+silu_mul = Op(SPEC, reference, "mlp:silu_mul")

@@ -1,0 +1,241 @@
+"""Products with a weight: memory-bound forms for one row and for a few, a BLAS for many. See `tritium.ops.linear`.
+
+One row: vector units; a program takes whole rows of the weight, so a step reads it once, in order, without a reduction
+between programs. A few rows: tensor cores with the weight's rows as the M side and the tokens as N.
+The norm of one row is free: (1 + n) goes onto x before the product, the rsqrt onto the sum after it.
+
+Shapes: M tokens, N results of a token, K inputs; a gated weight has 2 N rows, gate first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from tritium.ops.kernels.launch import exact_dot, launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.mlp import silu, silu_mul
+from tritium.ops.kernels.norm import rms_norm
+
+FEW = 64
+"""The most tokens that are still bound by the weight's bytes."""
+
+
+@triton.jit
+def _weights(tile, n, k, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        value = tl.load(tile, eviction_policy="evict_first")
+    else:
+        value = tl.load(tile, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    return value
+
+
+@triton.jit
+def _column(vector, k, K: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        value = tl.load(vector + k)
+    else:
+        value = tl.load(vector + k, mask=k < K, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _by_eights(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of eight neighbours, which one thread holds."""
+    return tl.sum(tl.reshape(x, [ROWS, COLUMNS // 8, 8]), axis=2)
+
+
+@triton.jit
+def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+         GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """ROWS results of the one token; the next tile is on its way while one is multiplied, the first before the wait."""
+    EVEN: tl.constexpr = (N % ROWS == 0) and (K % COLUMNS == 0)
+    LAST: tl.constexpr = (K - 1) // COLUMNS * COLUMNS
+    first = tl.program_id(0) * ROWS
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, COLUMNS)
+    n = first + r
+    gate = w + first.to(tl.int64) * K + r[:, None] * K + c[None, :]
+    up = gate + N * K
+    gate_tile = _weights(gate, n, c, N, K, EVEN)
+    gate_sum = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
+    if GATED:
+        up_tile = _weights(up, n, c, N, K, EVEN)
+        up_sum = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
+    if NORM:
+        squares = tl.zeros([1, COLUMNS // 8], tl.float32)
+    wait_for_inputs(pdl)
+    if RESIDUAL:
+        before = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+    for k in tl.range(0, LAST, COLUMNS):
+        value = _column(x, k + c, K, True)
+        if NORM:
+            squares += _by_eights((value * value)[None, :], 1, COLUMNS)
+            value = value * (1.0 + _column(norm, k + c, K, True))
+        next_gate = _weights(gate + k + COLUMNS, n, k + COLUMNS + c, N, K, EVEN)
+        if GATED:
+            next_up = _weights(up + k + COLUMNS, n, k + COLUMNS + c, N, K, EVEN)
+        gate_sum += _by_eights(gate_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
+        gate_tile = next_gate
+        if GATED:
+            up_sum += _by_eights(up_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
+            up_tile = next_up
+    value = _column(x, LAST + c, K, EVEN)
+    if NORM:
+        squares += _by_eights((value * value)[None, :], 1, COLUMNS)
+        value = value * (1.0 + _column(norm, LAST + c, K, EVEN))
+    gate_sum += _by_eights(gate_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
+    if GATED:
+        up_sum += _by_eights(up_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
+    release_next(pdl)
+    out = tl.sum(gate_sum, axis=1)
+    scale = 1.0
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares) / K + eps)
+        out *= scale
+    if GATED:
+        out = silu(out) * (tl.sum(up_sum, axis=1) * scale)
+    if RESIDUAL:
+        out += before
+    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+         VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+         RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """VALID results of every token, from a tile of ROWS rows of the weight (gated: one half gate, the other up)."""
+    OUT: tl.constexpr = ROWS // 2 if GATED else ROWS
+    FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
+    EVEN: tl.constexpr = K % DEPTH == 0
+    first = tl.program_id(0) * VALID
+    r = tl.arange(0, ROWS)
+    m = tl.arange(0, TOKENS)
+    c = tl.arange(0, DEPTH)
+    taken = (r % OUT < VALID) & (first + r % OUT < N)
+    w_tile = w + (first + r % OUT + r // OUT * N).to(tl.int64)[:, None] * K + c[None, :]
+    x_tile = x + m[:, None] * x_stride + c[None, :]
+    here = (m < M)[:, None]
+    i = tl.arange(0, OUT)
+    n = first + i
+    spot = m[None, :] * N + n[:, None]
+    kept = ((i < VALID) & (n < N))[:, None] & (m < M)[None, :]
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    if NORM:
+        squares = tl.zeros([TOKENS, DEPTH // 8], tl.float32)
+    wait_for_inputs(pdl)
+    if RESIDUAL:
+        before = tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
+    for k in tl.range(0, K, DEPTH):
+        if FULL and EVEN:
+            weight = tl.load(w_tile + k, eviction_policy="evict_first")
+        elif EVEN:
+            weight = tl.load(w_tile + k, mask=taken[:, None], other=0.0, eviction_policy="evict_first")
+        else:
+            inside = taken[:, None] & (k + c < K)[None, :]
+            weight = tl.load(w_tile + k, mask=inside, other=0.0, eviction_policy="evict_first")
+        if EVEN:
+            value = tl.load(x_tile + k, mask=here, other=0.0)
+        else:
+            value = tl.load(x_tile + k, mask=here & (k + c < K)[None, :], other=0.0)
+        if NORM:
+            value = value.to(tl.float32)
+            squares += _by_eights(value * value, TOKENS, DEPTH)
+            value = (value * (1.0 + _column(norm, k + c, K, EVEN))[None, :]).to(weight.dtype)
+        total = tl.dot(weight, tl.trans(value), total, input_precision=PRECISION)
+    release_next(pdl)
+    if NORM:
+        total = total * tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, TOKENS]), [1, 2, 0]))
+        total = silu(gate) * up
+    if RESIDUAL:
+        total += before
+    tl.store(y + spot, total.to(y.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _add(residual, product, y, size, BLOCK: tl.constexpr, pdl: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_inputs(pdl)
+    total = tl.load(residual + i, mask=i < size).to(tl.float32) + tl.load(product + i, mask=i < size).to(tl.float32)
+    release_next(pdl)
+    tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
+
+
+def linear(
+    *,
+    x_MK: torch.Tensor,
+    w_JK: torch.Tensor,
+    norm_K: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual_MN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y_MN in the residual's dtype, else in w's. All but x (strided rows) are contiguous."""
+    M, K = x_MK.shape
+    N = w_JK.shape[0] // (1 + gated)
+    if M > FEW:
+        return _many(x_MK, w_JK, norm_K, eps, gated, residual_MN)
+    y_MN = torch.empty((M, N), dtype=(w_JK if residual_MN is None else residual_MN).dtype, device=w_JK.device)
+    if M == 1:
+        found = parameters("linear.gemv", w_JK, N=N, K=K, gated=int(gated))
+        rows = found.pop("rows")
+        kernel, grid, sizes = _one, triton.cdiv(N, rows), {"ROWS": rows, "COLUMNS": found.pop("columns")}
+        strides: tuple[int, ...] = ()
+    else:
+        bucket = max(8, triton.next_power_of_2(M))
+        found = parameters("linear.skinny", w_JK, N=N, K=K, gated=int(gated), M=bucket)
+        # x · (1 + n) without the rsqrt need not fit into a float16.
+        if not found.pop("fused") or w_JK.dtype == torch.float16:
+            x_MK, norm_K = _normalised(x_MK, w_JK, norm_K, eps), None
+        rows, depth = found.pop("rows"), found.pop("depth")
+        valid = _fitting(N, rows // (1 + gated), found.pop("per_core") * target_of(w_JK).cores)
+        kernel, grid, strides = _few, triton.cdiv(N, valid), (M, x_MK.stride(0))
+        # float32 goes without tensor cores: a thread holds its operands, so fewer at a time.
+        sizes = {
+            "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), triton.next_power_of_2(M)),
+            "DEPTH": max(16, depth // 4) if w_JK.dtype == torch.float32 else depth,
+            "PRECISION": exact_dot(w_JK.dtype),
+        }  # fmt: skip
+    launch(
+        kernel, (grid,), w_JK, x_MK, w_JK if norm_K is None else norm_K, w_JK if residual_MN is None else residual_MN,
+        y_MN, eps, *strides, N=N, K=K, GATED=gated, NORM=norm_K is not None, RESIDUAL=residual_MN is not None,
+        **sizes, **found,
+    )  # fmt: skip
+    return y_MN
+
+
+def _normalised(x_MK: torch.Tensor, w_JK: torch.Tensor, norm_K: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return x_MK if norm_K is None else rms_norm(x_MD=x_MK, w_D=norm_K, eps=eps, dtype=w_JK.dtype)
+
+
+def _fitting(size: int, tile: int, programs: int) -> int:
+    """Rows of a tile that are used, so that tiles of `size` rows fill whole waves of `programs`: a multiple of 4. All
+    where `programs` is 0."""
+    if not programs:
+        return tile
+    waves = triton.cdiv(size, tile * programs)
+    return min(tile, triton.cdiv(triton.cdiv(size, waves * programs), 4) * 4)
+
+
+def _many(
+    x_MK: torch.Tensor,
+    w_JK: torch.Tensor,
+    norm_K: torch.Tensor | None,
+    eps: float,
+    gated: bool,
+    residual_MN: torch.Tensor | None,
+) -> torch.Tensor:
+    y_MN = F.linear(_normalised(x_MK, w_JK, norm_K, eps), w_JK)
+    if gated:
+        y_MN = silu_mul(x_TJ=y_MN)
+    if residual_MN is None:
+        return y_MN
+    total_MN = torch.empty_like(residual_MN)
+    found = parameters("linear.add", w_JK)
+    block = found.pop("columns")
+    size = y_MN.numel()
+    launch(_add, (triton.cdiv(size, block),), residual_MN, y_MN, total_MN, size, BLOCK=block, **found)
+    return total_MN
