@@ -83,7 +83,6 @@ def op_forms(kind: str) -> list[tuple[str, str]]:
 def plan(config: EngineConfig, target: Target) -> str:
     """The memory plan of the model, which is not loaded."""
     from tritium.engine.memory_plan import plan_memory
-    from tritium.models.checkpoint import open_checkpoint, resolve
+    from tritium.models.checkpoint import find_checkpoint
 
-    directory = resolve(config.model, config.revision, config.download_dir)
-    return plan_memory(open_checkpoint(directory).config, config, target).table()
+    return plan_memory(find_checkpoint(config, weights=False).config, config, target).table()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from tritium.config import DTYPES, EngineConfig, flag
+from tritium.config import DTYPES, LOAD_FORMATS, EngineConfig, flag
 from tritium.core import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -33,7 +33,7 @@ ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "swap_space": (float, "GiB of host memory for states evicted from a GPU; default: 4, none where memory is shared."),
     "cache_dir": (str, "Directory of prefix cache files: one is read at the start and written at the end."),
     "enforce_eager": (bool, "No captured graphs."),
-    "load_format": (click.Choice(("safetensors", "auto")), "Format of the weights."),
+    "load_format": (click.Choice(LOAD_FORMATS), "Format of the weights; dummy: random ones, for benchmarks."),
     "seed": (int, "Seed from which requests without one draw theirs; default: from the operating system."),
     "num_threads": (int, "CPU threads; default: torch's choice."),
 }
@@ -50,7 +50,8 @@ def engine_flags(command: Command) -> Command:
         spelled = f"{flag(name)}/{flag('no_' + name)}" if defaults[name] is True else flag(name)
         kwargs |= {"default": defaults[name], "show_default": shown}
         command = click.option(spelled, name, help=text, **kwargs)(command)
-    about = "A directory, a hub name (owner/name), tritium-dense or tritium-moe."
+    about = ("A directory, a hub name (owner/name), tritium-dense or tritium-moe; with --load-format dummy also a shape: "
+             "qwen3.6-27b, qwen3.6-35b-a3b, qwen3.5-0.8b, ...")
     return click.option("--model", "model_flag", default=None, help=f"{about}  [default: tritium-dense]")(command)
 
 

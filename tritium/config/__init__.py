@@ -12,6 +12,7 @@ AUTO_DRAFTS = 3
 HEAD_TOKENS = 512
 """Tokens that the MTP head looks back on, so that a guess costs the same in a long text as in a short one."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("safetensors", "auto", "dummy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,8 @@ class EngineConfig:
     """
 
     model: str = "tritium-dense"
-    """A directory, a hub name (owner/name), or an embedded model: tritium-dense, tritium-moe."""
+    """A directory, a hub name (owner/name), or an embedded model: tritium-dense, tritium-moe; with random weights also
+    the name of a shape of the family: qwen3.6-27b, qwen3.6-35b-a3b, ..."""
     revision: str | None = None
     download_dir: str | None = None
     tokenizer: str | None = None
@@ -53,6 +55,7 @@ class EngineConfig:
     enforce_eager: bool = False
     """No captured graphs (there are none on a CPU, where this changes nothing)."""
     load_format: str = "safetensors"
+    """dummy: random weights, for benchmarks; the answers are nonsense."""
     seed: int | None = None
     """Seed from which requests without one draw theirs; None: from the operating system."""
     num_threads: int | None = None
@@ -66,8 +69,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype} is not supported", hint=f"one of {', '.join(DTYPES)}")
-        if self.load_format not in ("safetensors", "auto"):
-            raise ConfigError(f"--load-format {self.load_format} is not supported", hint="safetensors")
+        if self.load_format not in LOAD_FORMATS:
+            hint = f"one of {', '.join(LOAD_FORMATS)}"
+            raise ConfigError(f"--load-format {self.load_format} is not supported", hint=hint)
         Speculation.parse(self.speculate)
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:

@@ -76,12 +76,12 @@ class Engine:
         import torch
 
         from tritium.hw import probe
-        from tritium.models.checkpoint import load_parameters, open_checkpoint, read_json, resolve
+        from tritium.models.checkpoint import find_checkpoint, load_parameters, read_json
         from tritium.models.decoder import Decoder, allocate_caches
 
         target = probe(config.device)
-        directory = resolve(config.model, config.revision, config.download_dir)
-        checkpoint = open_checkpoint(directory)
+        checkpoint = find_checkpoint(config)
+        directory = checkpoint.directory
         speculation, proposer = _speculation(config, checkpoint.config.mtp_layers > 0)
         plan = plan_memory(checkpoint.config, config, target)
         log.info("%s", plan.table())

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tritium.config import EngineConfig
 from tritium.core.errors import CheckpointError
 from tritium.models.config import ModelConfig, parse_config
+from tritium.models.dummy import draw_parameters
+from tritium.models.families import family_config
 from tritium.models.parameters import IGNORED, Placement, canonical_name, parameter_shapes, placements
 
 log = logging.getLogger(__name__)
@@ -56,12 +59,43 @@ class Checkpoint:
     """What the files can really do: without MTP where its tensors are absent, untied where lm_head differs."""
     tensors: dict[StoredTensor, Placement]
     """Tensors that get loaded, in the order of files, and where each goes."""
+    is_dummy: bool = False
+    """There are no tensors: the weights are random. `directory` has a tokenizer and a template to go with them."""
+    text_ids: int = 0
+    """Ids of that tokenizer, where it is smaller than the model's vocabulary."""
 
 
-def resolve(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+def find_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint:
+    """What `config` names: a checkpoint, or with `--load-format dummy` the shape of one (a directory or hub name of
+    which only the configuration is read, or a name of the family). `weights` false: nothing is to be loaded, so the
+    name of a family will do. Raises `CheckpointError` or `ConfigError`.
+    """
+    raw = None if Path(config.model).is_dir() else family_config(config.model)
+    dummy = config.load_format == "dummy" or (raw is not None and not weights)
+    if not dummy and raw is not None:
+        raise CheckpointError(f"{config.model} is a shape without weights", hint="--load-format dummy for random "
+                              "weights, or the directory or hub name (owner/name) of a checkpoint")
+    text = resolve("tritium-dense") if raw else resolve(config.model, config.revision, config.download_dir,
+                                                        weights=not dummy)
+    if not dummy:
+        return open_checkpoint(text)
+    if raw is None:
+        generation = text / "generation_config.json"
+        model = parse_config(read_json(text / "config.json"),
+                             generation=read_json(generation) if generation.exists() else None)
+        if (text / "tokenizer.json").exists():
+            return Checkpoint(text, model, {}, is_dummy=True)
+        text = resolve("tritium-dense")
+    else:
+        model = parse_config(raw)
+    return Checkpoint(text, model, {}, is_dummy=True, text_ids=int(read_json(text / "config.json")["vocab_size"]))
+
+
+def resolve(model: str, revision: str | None = None, download_dir: str | None = None, *, weights: bool = True) -> Path:
     """The local directory of a checkpoint: a directory, an embedded model's name, or owner/name from the hub.
 
-    A hub checkpoint is downloaded (resumed where a download was cut, with a progress bar) or taken from the cache.
+    A hub checkpoint is downloaded (resumed where a download was cut, with a progress bar) or taken from the cache;
+    without `weights` only its other files are.
     Raises `CheckpointError` when there is no such thing.
     """
     if model in EMBEDDED:
@@ -79,16 +113,16 @@ def resolve(model: str, revision: str | None = None, download_dir: str | None = 
     if not _HUB_NAME.fullmatch(model) or model.startswith("."):
         embedded = ", ".join(EMBEDDED)
         raise CheckpointError(f"there is no directory {model}", hint=f"a directory, owner/name, or {embedded}")
-    return _download(model, revision, download_dir)
+    return _download(model, revision, download_dir, _DOWNLOADED if weights else _DOWNLOADED[1:])
 
 
-def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
+def _download(model: str, revision: str | None, download_dir: str | None, files: list[str]) -> Path:
     import httpx
     from huggingface_hub import errors, snapshot_download
 
     at = f"{model} (revision {revision})" if revision else model
     try:
-        found = snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=_DOWNLOADED)
+        found = snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=files)
         return Path(found)
     except errors.GatedRepoError as e:
         raise CheckpointError(
@@ -135,6 +169,8 @@ def load_parameters(
     pages of the mapped file, which the kernel takes back as it needs).
     `progress` draws a bar in bytes on stderr.
     """
+    if checkpoint.is_dummy:
+        return draw_parameters(checkpoint.config, dtype=dtype, device=device, text_ids=checkpoint.text_ids)
     parameters = {
         name: torch.empty(spec.shape, dtype=dtype if spec.role == "matrix" else torch.float32, device=device)
         for name, spec in parameter_shapes(checkpoint.config).items()
