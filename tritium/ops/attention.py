@@ -163,4 +163,4 @@ def _attend(
     return o_BGMD.view(b, groups, rows, dim)[:, :, : c * m].view(b, groups, c, m, dim).permute(0, 2, 1, 3, 4)
 
 
-paged_attention = Op(SPEC, reference)
+paged_attention = Op(SPEC, reference, "attention:paged_attention")

@@ -91,4 +91,4 @@ def _normed_and_turned(
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x_TND.dtype)
 
 
-attention_inputs = Op(SPEC, reference)
+attention_inputs = Op(SPEC, reference, "attention_inputs:attention_inputs")

@@ -1,0 +1,293 @@
+"""Paged causal attention: short rows split over their keys, long rows in tiles of queries. See `tritium.ops.attention`.
+
+Short rows (decode, drafts): a program takes the query heads of one key / value head, for all tokens of a row, over a
+share of the row's pages; a second kernel merges the shares and applies the gate. The grid knows no context: shares are
+computed on the device, so one graph serves every step, and a row's result does not depend on the other rows' contexts.
+Long rows (prefill): a program takes a tile of one row's tokens and one query head over all pages up to the diagonal.
+
+Shapes: T tokens, R rows, N query heads, G key / value heads, D head dim, Q tokens of a short row at most, S shares.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tritium.ops.kernels.launch import exact_dot, launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.spans import Spans
+
+LOWEST = tl.constexpr(-1e30)
+"""Start of a running maximum: finite, so that a row that sees no key of a page meets no -inf - -inf."""
+
+
+@triton.jit
+def _rows(base, first, d, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
+    """[KEYS, BLOCK_D] of contiguous rows of D from element `first`."""
+    at = base + first + tl.arange(0, KEYS)[:, None] * D + d[None, :]
+    return tl.load(at) if D == BLOCK_D else tl.load(at, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _live_rows(base, first, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
+    """As `_rows`, zeros where a key is not the row's: its place may hold anything."""
+    at = base + first + tl.arange(0, KEYS)[:, None] * D + d[None, :]
+    return tl.load(at, mask=live[:, None] if D == BLOCK_D else live[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _absorb(o, total, top, scores, v, scale, DOT: tl.constexpr):
+    """One step of the running softmax, in powers of two: scores [M, KEYS] yet to be scaled, v [KEYS, D]."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    total = total * fade + tl.sum(weights, axis=1)
+    o = tl.dot(weights.to(v.dtype), v, o * fade[:, None], input_precision=DOT)
+    return o, total, new_top
+
+
+@triton.jit
+def _shares(context, length, since, splits, PAGE: tl.constexpr):
+    """(first page, number of pages, pages of a share) of a short row."""
+    first = since // PAGE
+    count = tl.where(length > 0, tl.cdiv(context + length, PAGE) - first, 0)
+    return first, count, tl.cdiv(count, splits)
+
+
+@triton.jit
+def _decode(q, k_pages, v_pages, parts, weights, lengths_R, contexts_R, since_R, starts_R, pages_RP, q_token, q_head,
+            width, splits, scale, Q: tl.constexpr, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+            PAGE: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
+            DOT: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    HEADS: tl.constexpr = N // G
+    STEPS: tl.constexpr = PAGE // KEYS
+    program, r = tl.program_id(0), tl.program_id(1)
+    g, share = program % G, program // G % splits
+    m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
+    token = program // (G * splits) * TOKENS + m // HEADS
+    head = g * HEADS + m % HEADS
+    length, context, since = tl.load(lengths_R + r), tl.load(contexts_R + r), tl.load(since_R + r)
+    start, stop = tl.load(starts_R + r), context + length
+    first, count, each = _shares(context, length, since, splits, PAGE)
+    low = first + share * each
+    high = tl.minimum(low + each, first + count)
+    here = (m < TOKENS * HEADS) & (token < length)
+    cells = here[:, None] if D == BLOCK_D else here[:, None] & (d < D)[None, :]
+    wait_for_inputs(pdl)
+    query = tl.load(q + ((start + token).to(tl.int64) * q_token + head * q_head)[:, None] + d[None, :], mask=cells,
+                    other=0.0)  # fmt: skip
+    o = tl.zeros([M, BLOCK_D], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    top = tl.full([M], LOWEST, tl.float32)
+    # A tile of tokens that the row does not have has nothing to do.
+    end = tl.where(program // (G * splits) * TOKENS < length, tl.minimum(high * STEPS, tl.cdiv(stop, KEYS)), 0)
+    for step in tl.range(low * STEPS, end):
+        page = tl.load(pages_RP + r * width + step // STEPS).to(tl.int64)
+        place = (page * G + g) * (PAGE * D) + step % STEPS * (KEYS * D)
+        key = step * KEYS + tl.arange(0, KEYS)
+        live = (key >= since) & (key < stop)
+        k = _rows(k_pages, place, d, D, BLOCK_D, KEYS)
+        v = _live_rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
+        scores = tl.dot(query, tl.trans(k), input_precision=DOT)
+        seen = live[None, :] & (key[None, :] <= (context + token)[:, None])
+        o, total, top = _absorb(o, total, top, tl.where(seen, scores, -float("inf")), v, scale, DOT)
+    release_next(pdl)
+    at = (((r * splits + share) * Q + token) * N + head).to(tl.int64)
+    # A token that sees no key of this share gives it a weight of next to nothing, and 0 / 1.
+    here = here & (token < tl.where(low < high, length, 0))
+    tl.store(weights + at, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=here)
+    o = o / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(parts + at[:, None] * D + d[None, :], o, mask=here[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _merge(parts, weights, gate, o, lengths_R, contexts_R, since_R, starts_R, gate_token, gate_head, splits,
+           Q: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, STATIC: tl.constexpr,
+           SHARES: tl.constexpr, DIMS: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    n, i, r = tl.program_id(0) % N, tl.program_id(1), tl.program_id(2)
+    d = tl.program_id(0) // N * DIMS + tl.arange(0, DIMS)
+    s = tl.arange(0, SHARES)
+    length, context, since = tl.load(lengths_R + r), tl.load(contexts_R + r), tl.load(since_R + r)
+    token = (tl.load(starts_R + r) + i).to(tl.int64)
+    _, count, each = _shares(context, length, since, splits, PAGE)
+    there = i < length
+    # Shares in use; the rest of the buffers was never written.
+    used = s * each < tl.where(there, count, 0)
+    g = tl.load(gate + token * gate_token + n * gate_head + d, mask=d < tl.where(there, D, 0), other=0.0).to(tl.float32)
+    at = (((r * splits + s) * Q + i) * N + n).to(tl.int64)
+    wait_for_inputs(pdl)
+    power = tl.load(weights + at, mask=used, other=-float("inf"))
+    part = tl.load(parts + at[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
+    weight = tl.exp2(power - tl.where(there, tl.max(power, axis=0), 0.0))
+    merged = tl.sum(part * weight[:, None], axis=0) / tl.where(there, tl.sum(weight, axis=0), 1.0)
+    release_next(pdl)
+    # In a graph a token that no row has gets zeros; elsewhere the place belongs to the next row.
+    tl.store(o + (token * N + n) * D + d, (merged / (1.0 + tl.exp(-g))).to(o.dtype.element_ty),
+             mask=d < tl.where(there | STATIC, D, 0))  # fmt: skip
+
+
+@triton.jit
+def _pages(o, total, top, query, position, k_pages, v_pages, table, low, high, early, skipped, since, stop, g, scale, d,
+           G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+           MASKED: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Steps [low, high) of KEYS keys. Where masked, the first `skipped` of them stand for steps from `early` on."""
+    STEPS: tl.constexpr = PAGE // KEYS
+    for i in tl.range(low, high):
+        step = tl.where(i < low + skipped, early + i - low, i) if MASKED else i
+        page = tl.load(table + step // STEPS).to(tl.int64)
+        place = (page * G + g) * (PAGE * D) + step % STEPS * (KEYS * D)
+        k = _rows(k_pages, place, d, D, BLOCK_D, KEYS)
+        if MASKED:
+            key = step * KEYS + tl.arange(0, KEYS)
+            live = (key >= since) & (key < stop)
+            v = _live_rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
+            scores = tl.dot(query, tl.trans(k), input_precision=DOT)
+            scores = tl.where(live[None, :] & (key[None, :] <= position[:, None]), scores, -float("inf"))
+        else:
+            v = _rows(v_pages, place, d, D, BLOCK_D, KEYS)
+            scores = tl.dot(query, tl.trans(k), input_precision=DOT)
+        o, total, top = _absorb(o, total, top, scores, v, scale, DOT)
+    return o, total, top
+
+
+@triton.jit
+def _prefill(q, gate, k_pages, v_pages, o, tiles_2X, contexts_R, lengths_R, since_R, starts_R, pages_RP, q_token,
+             q_head, gate_token, gate_head, width, tiles, scale, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+             PAGE: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+             pdl: tl.constexpr):  # fmt: skip
+    HEADS: tl.constexpr = N // G
+    # Programs that run side by side read the same keys: heads of a group first, groups last.
+    program = tl.program_id(0)
+    tile, g = program // HEADS % tiles, program // (HEADS * tiles)
+    n = g * HEADS + program % HEADS
+    r, offset = tl.load(tiles_2X + tile), tl.load(tiles_2X + tiles + tile)
+    context, length, since = tl.load(contexts_R + r), tl.load(lengths_R + r), tl.load(since_R + r)
+    m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
+    token = (tl.load(starts_R + r) + offset + m).to(tl.int64)
+    cells = (offset + m < length)[:, None] if D == BLOCK_D else (offset + m < length)[:, None] & (d < D)[None, :]
+    begin, stop = context + offset, context + length
+    wait_for_inputs(pdl)
+    query = tl.load(q + (token * q_token + n * q_head)[:, None] + d[None, :], mask=cells, other=0.0)
+    o_MD = tl.zeros([M, BLOCK_D], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    top = tl.full([M], LOWEST, tl.float32)
+    # Keys that all tokens of the tile see need no mask: steps from `since` to the tile's first token.
+    first, full = since // KEYS, (begin + 1) // KEYS
+    skipped = ((since % KEYS > 0) & (first < full)).to(tl.int32)
+    tail, table = tl.maximum(first, full), pages_RP + r * width
+    o_MD, total, top = _pages(
+        o_MD, total, top, query, begin + m, k_pages, v_pages, table, first + skipped, full, first, 0, since, stop, g,
+        scale, d, G, D, PAGE, KEYS, BLOCK_D, False, DOT,
+    )  # fmt: skip
+    o_MD, total, top = _pages(
+        o_MD, total, top, query, begin + m, k_pages, v_pages, table, tail - skipped,
+        tl.cdiv(tl.minimum(begin + M, stop), KEYS), first, skipped, since, stop, g,
+        scale, d, G, D, PAGE, KEYS, BLOCK_D, True, DOT,
+    )  # fmt: skip
+    release_next(pdl)
+    gates = tl.load(gate + (token * gate_token + n * gate_head)[:, None] + d[None, :], mask=cells, other=0.0)
+    o_MD = o_MD / tl.where(total > 0, total, 1.0)[:, None] / (1.0 + tl.exp(-gates.to(tl.float32)))
+    tl.store(o + ((token * N + n) * D)[:, None] + d[None, :], o_MD.to(o.dtype.element_ty), mask=cells)
+
+
+def paged_attention(
+    *,
+    q_TND: torch.Tensor,
+    gate_TND: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    spans: Spans,
+) -> torch.Tensor:
+    """o_TND in q's dtype, contiguous. Queries and gates may be strided, but within a head."""
+    o_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    if spans.num_short < spans.num_rows:
+        _long_rows(q_TND, gate_TND, k_pages, v_pages, spans, o_TND)
+    if spans.num_short:
+        _short_rows(q_TND, gate_TND, k_pages, v_pages, spans, o_TND)
+    return o_TND
+
+
+def _sizes(q_TND: torch.Tensor, k_pages: torch.Tensor) -> tuple[dict[str, Any], float]:
+    """Constants of both kernels that read pages, and the scale of scores that makes exp2 of exp."""
+    _, heads, dim = q_TND.shape
+    _, groups, page, _ = k_pages.shape
+    constants = {"N": heads, "G": groups, "D": dim, "PAGE": page, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
+    return {**constants, "DOT": exact_dot(q_TND.dtype)}, dim**-0.5 * math.log2(math.e)
+
+
+def _parameters(op: str, q_TND: torch.Tensor, **key: int) -> dict[str, Any]:
+    """Those of `op`; 32-bit numbers, which no model is served with, fill shared memory twice as fast."""
+    found = parameters(op, q_TND, **key)
+    if q_TND.dtype == torch.float32:
+        found |= {"KEYS": min(found["KEYS"], 32), "num_stages": 1}
+    return found
+
+
+def _short_rows(
+    q_TND: torch.Tensor,
+    gate_TND: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    spans: Spans,
+    o_TND: torch.Tensor,
+) -> None:
+    constants, scale = _sizes(q_TND, k_pages)
+    _, heads, dim = q_TND.shape
+    groups, rows, table = k_pages.shape[1], spans.num_short, spans.table
+    most = max(spans.lengths[:rows])
+    static = rows == spans.num_rows and spans.num_tokens == rows * most
+    size = max(16, triton.next_power_of_2(most * heads // groups))
+    found = _parameters("attention.decode", q_TND, groups=groups, head_dim=dim, rows=rows, queries=size)
+    size = max(min(size, found.pop("queries")), triton.next_power_of_2(heads // groups))
+    together = size // (heads // groups)
+    tiles = triton.cdiv(most, together)
+    # As many programs as the device holds, and never so few for a row that a long one keeps the others waiting.
+    programs = int(target_of(q_TND).cores * found.pop("programs"))
+    splits = max(programs // (rows * groups * tiles), found.pop("splits"))
+    parts = torch.empty((rows, splits, most, heads, dim), dtype=torch.float32, device=q_TND.device)
+    weights = torch.empty((rows, splits, most, heads), dtype=torch.float32, device=q_TND.device)
+    of_rows = (table.lengths_R, table.contexts_R, table.since_R, table.starts_R)
+    launch(
+        _decode, (groups * splits * tiles, rows), q_TND, k_pages, v_pages, parts, weights, *of_rows, table.pages_RP,
+        q_TND.stride(0), q_TND.stride(1), table.pages_RP.stride(0), splits, scale,
+        Q=most, TOKENS=together, M=size, **constants, **found,
+    )  # fmt: skip
+    found = parameters("attention.merge", q_TND, groups=groups, head_dim=dim, rows=rows)
+    shares = triton.next_power_of_2(splits)
+    dims = min(found.pop("dims"), constants["BLOCK_D"], max(8192 // shares, 1))
+    launch(
+        _merge, (heads * triton.cdiv(dim, dims), most, rows), parts, weights, gate_TND, o_TND, *of_rows,
+        gate_TND.stride(0), gate_TND.stride(1), splits,
+        Q=most, N=heads, D=dim, PAGE=k_pages.shape[2], STATIC=static, SHARES=shares, DIMS=dims, **found,
+    )  # fmt: skip
+
+
+def _long_rows(
+    q_TND: torch.Tensor,
+    gate_TND: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    spans: Spans,
+    o_TND: torch.Tensor,
+) -> None:
+    constants, scale = _sizes(q_TND, k_pages)
+    found = _parameters("attention.prefill", q_TND, groups=k_pages.shape[1], head_dim=q_TND.shape[2])
+    size, table = found["M"], spans.table
+    tiles_2X = spans.cached(f"attention_tiles_{size}", lambda spans: _query_tiles(spans, size))
+    tiles = tiles_2X.shape[1]
+    launch(
+        _prefill, (q_TND.shape[1] * tiles,), q_TND, gate_TND, k_pages, v_pages, o_TND, tiles_2X, table.contexts_R,
+        table.lengths_R, table.since_R, table.starts_R, table.pages_RP, q_TND.stride(0), q_TND.stride(1),
+        gate_TND.stride(0), gate_TND.stride(1), table.pages_RP.stride(0), tiles, scale, **constants, **found,
+    )  # fmt: skip
+
+
+def _query_tiles(spans: Spans, size: int) -> torch.Tensor:
+    """Rows and first tokens within them [2, tiles] of the long rows' tiles, those with the most keys first."""
+    tiles = [(r, at) for r in range(spans.num_short, spans.num_rows) for at in range(0, spans.lengths[r], size)]
+    since = spans.since or (0,) * spans.num_rows
+    tiles.sort(key=lambda tile: since[tile[0]] - spans.contexts[tile[0]] - tile[1])
+    return spans.tensor(list(zip(*tiles)), torch.int32)
