@@ -1,0 +1,353 @@
+"""Gated DeltaNet over rows of many tokens: chunks of up to 64 tokens, parallel but for one pass over their states.
+
+With G the sum of log decays of a chunk's tokens up to one, D_ij = exp(G_i - G_j) for j <= i, and S the state before the
+chunk, the recurrence of `tritium.ops.gdn` over a chunk is (Yang et al., arXiv:2406.06484 and arXiv:2412.06464):
+
+    T = (I + tril(β K Kᵀ D, -1))^-1       w = T β exp(G) K       u = T β V       (of every chunk at once)
+    v = u - w S                           S <- exp(G_last) S + (exp(G_last - G) K)ᵀ v                  (in order)
+    o = exp(G) Q S + tril(Q Kᵀ D) v                                              (of every chunk at once)
+
+Chunks end at positions that are multiples of 64, so a prompt's states do not depend on how it was cut there. They are
+padded to 64 tokens with zeros (k, v, β and log decay), which leave the state as it is: no mask but at the step's own
+tensors. States and v are kept transposed, [dv, dk] and [dv, 64], so that the pass feeds both of its products from
+registers, as attention does. Exponents are never positive; their sums are float64 where the inputs are float32.
+
+Shapes: T tokens, N = nv value heads, C chunks; scratch in the inputs' dtype: qk [C, 2 nk, 64, dk], w [C, N, 64, dk],
+v [C, N, dv, 64], h [C, N, dv, dk] (states before chunks); in float32 decay (G) and fade
+(exp(G_last - G)), both [C, N, 64].
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tritium.ops.gdn import L2_EPS
+from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.spans import Spans
+
+CHUNK = 64
+C64 = tl.constexpr(CHUNK)
+EPS = tl.constexpr(L2_EPS)
+
+
+class Plan(NamedTuple):
+    """The rows of a step as chunks, int32 on the device; made once a step."""
+
+    chunks: torch.Tensor
+    """[C, 5]: first token, tokens, tokens of the row before it, position, slot that the row starts from."""
+    rows: torch.Tensor
+    """[rows, 5]: slot that the row starts from, first token, position, first of its segments, end of them."""
+    segments: torch.Tensor
+    """[segments, 4]: first chunk, end of the chunks, slot to store the state to after them, its position."""
+
+
+def plan(spans: Spans, first: int) -> Plan:
+    """For the rows from `first` on."""
+    return spans.cached(f"gdn_chunks_{first}", lambda spans: _plan(spans, first))
+
+
+def _plan(spans: Spans, first: int) -> Plan:
+    chunks: list[tuple[int, ...]] = []
+    rows: list[tuple[int, ...]] = []
+    segments: list[tuple[int, ...]] = []
+    for r in range(first, spans.num_rows):
+        start, at, source = spans.starts[r], spans.contexts[r], spans.sources[r]
+        stop = at + spans.lengths[r]
+        saves = [*sorted(spans.snapshots[r]), (stop, spans.slots[r])]
+        if spans.folds[r] or spans.drafts[r] or any(position % CHUNK and position != stop for position, _ in saves):
+            raise ValueError(f"row {r}: long rows have no drafts, and snapshots at multiples of {CHUNK} or their end")
+        rows.append((source, start, at, len(segments), len(segments) + len(saves)))
+        for position, slot in saves:
+            begin = len(chunks)
+            while at < position:
+                end, done = min((at // CHUNK + 1) * CHUNK, stop), at - spans.contexts[r]
+                chunks.append((start + done, end - at, done, at, source))
+                at = end
+            segments.append((begin, len(chunks), slot, position))
+    flat = spans.tensor([x for part in (chunks, rows, segments) for item in part for x in item], torch.int32)
+    sizes = (5 * len(chunks), 5 * len(rows), 4 * len(segments))
+    return Plan._make(x.view(-1, width) for x, width in zip(flat.split(sizes), (5, 5, 4), strict=True))
+
+
+@triton.jit
+def _convolved(x, x_stride, conv_w, ring, chunk_at, t, c, channels, WIDTH: tl.constexpr, RING: tl.constexpr):
+    """silu(conv(x)) of tokens t of a chunk in channels c, float32, zero beyond its end; WIDTH 0: x as it is."""
+    start, length, done = tl.load(chunk_at), tl.load(chunk_at + 1), tl.load(chunk_at + 2)
+    position, source = tl.load(chunk_at + 3), tl.load(chunk_at + 4)
+    live = t < length
+    from_x = x + (start + t).to(tl.int64)[:, None] * x_stride + c[None, :]
+    if WIDTH == 0:
+        return tl.load(from_x, mask=live[:, None], other=0.0).to(tl.float32)
+    y = tl.zeros((t.shape[0], c.shape[0]), tl.float32)
+    if done < WIDTH - 1:  # the row's first chunk: oldest taps come from the ring
+        for j in tl.static_range(WIDTH - 1):
+            p = position + t - (WIDTH - 1 - j)
+            kept = live & (done + t < WIDTH - 1 - j) & (p >= 0)
+            at = (source.to(tl.int64) * RING + p % RING)[:, None] * channels + c[None, :]
+            past = tl.load(ring + at, mask=kept[:, None], other=0.0).to(tl.float32)
+            y += past * tl.load(conv_w + c * WIDTH + j)[None, :]
+    for j in tl.static_range(WIDTH):
+        inside = live & (done + t >= WIDTH - 1 - j)
+        value = tl.load(from_x - (WIDTH - 1 - j) * x_stride, mask=inside[:, None], other=0.0).to(tl.float32)
+        y += value * tl.load(conv_w + c * WIDTH + j)[None, :]
+    return y / (1.0 + tl.exp(-y))
+
+
+@triton.jit
+def _queries_and_keys(x, x_stride, conv_w, ring, chunks, qk, channels, NK: tl.constexpr, DK: tl.constexpr,
+                      WIDTH: tl.constexpr, RING: tl.constexpr, tokens: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """Convolution and L2 norm of one head; q comes out scaled."""
+    head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    t, d = tl.program_id(2) * tokens + tl.arange(0, tokens), tl.arange(0, DK)
+    wait_for_inputs(pdl)
+    y = _convolved(x, x_stride, conv_w, ring, chunks + chunk * 5, t, head * DK + d, channels, WIDTH, RING)
+    y = y * tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None] * tl.where(head < NK, DK**-0.5, 1.0)
+    release_next(pdl)
+    tl.store(qk + ((chunk * 2 * NK + head) * C64 + t[:, None]) * DK + d[None, :], y.to(qk.dtype.element_ty))
+
+
+@triton.jit
+def _quartered(x, B: tl.constexpr, n: tl.constexpr):
+    """Of B matrices 2n x 2n: the 2B blocks on their diagonals, and the B below."""
+    left, right = tl.split(tl.permute(tl.reshape(x, (B, 2, n, 2, n)), (0, 2, 4, 1, 3)))
+    upper, below = tl.split(left)
+    _, lower = tl.split(right)
+    return tl.reshape(tl.permute(tl.join(upper, lower), (0, 3, 1, 2)), (2 * B, n, n)), below
+
+
+@triton.jit
+def _merged(x, below, B: tl.constexpr, n: tl.constexpr, precision: tl.constexpr):
+    """The inverse of the B unit lower triangular matrices with blocks `below`, from those of their diagonal blocks."""
+    upper, lower = tl.split(tl.permute(tl.reshape(x, (B, 2, n, n)), (0, 2, 3, 1)))
+    product = tl.dot(lower, below, input_precision=precision)
+    left = tl.join(upper, -tl.dot(product, upper, input_precision=precision))
+    whole = tl.join(left, tl.join(tl.zeros_like(lower), lower))
+    return tl.reshape(tl.permute(whole, (0, 3, 1, 4, 2)), (B, 2 * n, 2 * n))
+
+
+@triton.jit
+def _inverse(x, precision: tl.constexpr):
+    """(I + x)^-1 for x strictly lower triangular, 64 x 64, float32: substitution in blocks of 16, then merges.
+
+    Powers of x, which a product form would need, may grow far beyond the inverse.
+    """
+    halves, below_32 = _quartered(tl.reshape(x, (1, 64, 64)), 1, 32)
+    blocks, below_16 = _quartered(halves, 2, 16)
+    i = tl.arange(0, 16)[None, :, None]
+    j = tl.arange(0, 16)[None, None, :]
+    t = tl.where(i == j, 1.0, 0.0) + tl.zeros_like(blocks)
+    for step in range(15):
+        column = tl.sum(tl.where(j == step, blocks, 0.0), 2)
+        row = tl.sum(tl.where(i == step, t, 0.0), 1)
+        t -= column[:, :, None] * row[:, None, :]
+    return tl.reshape(_merged(_merged(t, below_16, 2, 16, precision), below_32, 1, 32, precision), (64, 64))
+
+
+@triton.jit
+def _prepare(x, x_stride, conv_w, ring, a, b, gate_stride, A_log, dt_bias, chunks, qk, w, v, decay, fade, channels,
+             N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+             RING: tl.constexpr, precision: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """Gates, T, w and u of one chunk and value head."""
+    head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    t, d, e = tl.arange(0, C64), tl.arange(0, DK), tl.arange(0, DV)
+    rate, bias = -tl.exp(tl.load(A_log + head)), tl.load(dt_bias + head)
+    wait_for_inputs(pdl)
+    at = (tl.load(chunks + chunk * 5) + t).to(tl.int64) * gate_stride + head
+    live = t < tl.load(chunks + chunk * 5 + 1)
+    step = tl.load(a + at, mask=live, other=0.0).to(tl.float32) + bias
+    step = rate * (tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step))))
+    beta = 1.0 / (1.0 + tl.exp(-tl.load(b + at, mask=live, other=0.0).to(tl.float32)))
+    beta = tl.where(live, beta, 0.0)
+    total = tl.cumsum(tl.where(live, step, 0.0).to(decay.dtype.element_ty), 0)
+    last = tl.sum(tl.where(t == C64 - 1, total, 0.0), 0)
+    base = chunk * N + head
+    tl.store(decay + base * C64 + t, total)
+    tl.store(fade + base * C64 + t, tl.exp((last - total).to(tl.float32)))
+
+    k = tl.load(qk + ((chunk * 2 * NK + NK + head // (N // NK)) * C64 + t[:, None]) * DK + d[None, :])
+    gap = (total[:, None] - total[None, :]).to(tl.float32)
+    below = t[:, None] > t[None, :]
+    coupling = tl.dot(k, tl.trans(k), input_precision="ieee") * beta[:, None] * tl.exp(tl.where(below, gap, 0.0))
+    inverse = _inverse(tl.where(below, coupling, 0.0), precision) * beta[None, :]
+    values = _convolved(x, x_stride, conv_w, ring, chunks + chunk * 5, t, (2 * NK * DK + head * DV) + e, channels,
+                        WIDTH, RING)  # fmt: skip
+    u = tl.dot(inverse.to(k.dtype), values.to(k.dtype), input_precision="ieee")
+    tl.store(v + (base * DV + e[:, None]) * C64 + t[None, :], tl.trans(u).to(v.dtype.element_ty))
+    scaled = (inverse * tl.exp(total.to(tl.float32))[None, :]).to(k.dtype)
+    release_next(pdl)
+    product = tl.dot(scaled, k, input_precision="ieee")
+    tl.store(w + (base * C64 + t[:, None]) * DK + d[None, :], product.to(w.dtype.element_ty))
+
+
+@triton.jit
+def _keep(x, x_stride, ring, rows, segments, channels, WIDTH: tl.constexpr, RING: tl.constexpr, block: tl.constexpr,
+          pdl: tl.constexpr):  # fmt: skip
+    """Inputs before the end of every segment of a row go to the rings: after all that read one."""
+    row, c = rows + tl.program_id(0) * 5, tl.program_id(1) * block + tl.arange(0, block)
+    source, start, context = tl.load(row).to(tl.int64), tl.load(row + 1).to(tl.int64), tl.load(row + 2)
+    first, end = tl.load(row + 3), tl.load(row + 4)
+    wait_for_inputs(pdl)
+    for segment in range(first, end):  # the row's own slot is the last one: it may be the one read for the others
+        slot, stop = tl.load(segments + segment * 4 + 2).to(tl.int64), tl.load(segments + segment * 4 + 3)
+        least = tl.where(segment == end - 1, tl.maximum(context - (WIDTH - 1), stop - RING), stop - (WIDTH - 1))
+        least = tl.maximum(least, 0)
+        for i in range(stop - least):
+            p = least + i
+            given = tl.zeros_like(c) + p >= context
+            value = tl.load(x + (start + p - context) * x_stride + c, mask=(c < channels) & given, other=0.0)
+            past = tl.load(ring + (source * RING + p % RING) * channels + c, mask=(c < channels) & ~given, other=0.0)
+            value = tl.where(given, value.to(ring.dtype.element_ty), past)
+            tl.store(ring + (slot * RING + p % RING) * channels + c, value, mask=c < channels)
+    release_next(pdl)
+
+
+@triton.jit
+def _advance(state, qk, w, v, decay, fade, h, rows, segments, N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
+             DV: tl.constexpr, values: tl.constexpr, stages: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """The states of a row, one value head and `values` of its dv: chunk after chunk."""
+    pieces: tl.constexpr = DV // values
+    head, row = tl.program_id(0) // pieces, rows + tl.program_id(1) * 5
+    e = (tl.program_id(0) % pieces) * values + tl.arange(0, values)
+    t, d = tl.arange(0, C64), tl.arange(0, DK)
+    source, context, first, last = tl.load(row), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    in_pool = state + d[None, :] * DV + e[:, None]
+    in_h, in_v = h + e[:, None] * DK + d[None, :], v + e[:, None] * C64 + t[None, :]
+    in_w, in_k = w + t[:, None] * DK + d[None, :], qk + t[:, None] * DK + d[None, :]
+    wait_for_inputs(pdl)
+    s = tl.zeros((values, DK), tl.float32)
+    if context > 0:
+        s += tl.load(in_pool + (source.to(tl.int64) * N + head) * DK * DV)
+    for segment in range(first, last):
+        begin, end = tl.load(segments + segment * 4), tl.load(segments + segment * 4 + 1)
+        for i in tl.range(0, end - begin, num_stages=stages):
+            chunk = begin.to(tl.int64) + i
+            base = chunk * N + head
+            s_low = s.to(h.dtype.element_ty)
+            tl.store(in_h + base * DV * DK, s_low)
+            w_tile = tl.load(in_w + base * C64 * DK)
+            u_tile = tl.load(in_v + base * DV * C64).to(tl.float32)
+            new = u_tile - tl.dot(s_low, tl.trans(w_tile), input_precision="ieee")
+            tl.store(in_v + base * DV * C64, new.to(v.dtype.element_ty))
+            faded = (new * tl.load(fade + base * C64 + t)[None, :]).to(v.dtype.element_ty)
+            k_tile = tl.load(in_k + (chunk * 2 * NK + NK + head // (N // NK)) * C64 * DK)
+            s = s * tl.exp(tl.load(decay + base * C64 + C64 - 1).to(tl.float32))
+            s = tl.dot(faded, k_tile, s, input_precision="ieee")
+        slot = tl.load(segments + segment * 4 + 2).to(tl.int64)
+        tl.store(in_pool + (slot * N + head) * DK * DV, s.to(state.dtype.element_ty))
+    release_next(pdl)
+
+
+@triton.jit
+def _outputs(qk, v, h, decay, z, z_stride, norm, eps, y, chunks, N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
+             DV: tl.constexpr, GATED: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """y of one chunk and value head: from the state before it and from its own tokens, then the gated norm."""
+    head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    t, d, e = tl.arange(0, C64), tl.arange(0, DK), tl.arange(0, DV)
+    base, group = chunk * N + head, head // (N // NK)
+    wait_for_inputs(pdl)
+    q = tl.load(qk + ((chunk * 2 * NK + group) * C64 + t[:, None]) * DK + d[None, :])
+    k = tl.load(qk + ((chunk * 2 * NK + NK + group) * C64 + t[:, None]) * DK + d[None, :])
+    total = tl.load(decay + base * C64 + t)
+    seen = t[:, None] >= t[None, :]
+    gap = tl.where(seen, (total[:, None] - total[None, :]).to(tl.float32), 0.0)
+    weights = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * tl.exp(gap), 0.0).to(v.dtype.element_ty)
+    s = tl.load(h + (base * DV + e[:, None]) * DK + d[None, :])
+    o = tl.dot(q, tl.trans(s), input_precision="ieee") * tl.exp(total.to(tl.float32))[:, None]
+    new = tl.load(v + (base * DV + e[:, None]) * C64 + t[None, :])
+    o = tl.dot(weights, tl.trans(new), o, input_precision="ieee")
+    token = (tl.load(chunks + chunk * 5) + t).to(tl.int64)[:, None]
+    live = (t < tl.load(chunks + chunk * 5 + 1))[:, None]
+    if GATED:
+        gate = tl.load(z + token * z_stride + head * DV + e[None, :], mask=live, other=0.0).to(tl.float32)
+        o = o * tl.rsqrt(tl.sum(o * o, 1) / DV + eps)[:, None] * tl.load(norm + e)[None, :]
+        o = o * gate / (1.0 + tl.exp(-gate))
+    release_next(pdl)
+    tl.store(y + (token * N + head) * DV + e[None, :], o.to(y.dtype.element_ty), mask=live)
+
+
+def prefill(
+    *,
+    x_TE: torch.Tensor,
+    conv_CW: torch.Tensor,
+    A_log_N: torch.Tensor,
+    dt_bias_N: torch.Tensor,
+    norm_V: torch.Tensor,
+    eps: float,
+    state: torch.Tensor,
+    conv: torch.Tensor,
+    pending: torch.Tensor,
+    spans: Spans,
+    key_heads: int,
+    y_TM: torch.Tensor,
+) -> None:
+    """The long rows of op `delta_net`: fills their y, updates `state` and `conv` in place. `pending` stays as it is."""
+    heads = len(A_log_N)
+    qkv_TC, z_TM, b_TN, a_TN = x_TE.split([len(conv_CW), y_TM.shape[1], heads, heads], dim=-1)
+    _run(plan(spans, spans.num_short), qkv_TC, conv_CW, conv, a_TN, b_TN, A_log_N, dt_bias_N, state, key_heads,
+         (z_TM, norm_V, eps), y_TM)  # fmt: skip
+
+
+def gdn(
+    *,
+    qkv_TC: torch.Tensor,
+    a_TN: torch.Tensor,
+    b_TN: torch.Tensor,
+    A_log_N: torch.Tensor,
+    dt_bias_N: torch.Tensor,
+    state: torch.Tensor,
+    pending: torch.Tensor,
+    spans: Spans,
+    key_heads: int,
+) -> torch.Tensor:
+    """The recurrence alone, for rows of any length without drafts: what tests and benchmarks call."""
+    _, heads, _, value = state.shape
+    o_TNV = torch.empty(len(qkv_TC), heads, value, dtype=torch.float32, device=qkv_TC.device)
+    _run(plan(spans, 0), qkv_TC, None, None, a_TN, b_TN, A_log_N, dt_bias_N, state, key_heads, None, o_TNV)
+    return o_TNV
+
+
+def _run(plan: Plan, x: torch.Tensor, conv_CW: torch.Tensor | None, conv: torch.Tensor | None, a: torch.Tensor,
+         b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, state: torch.Tensor, key_heads: int,
+         gate: tuple[torch.Tensor, torch.Tensor, float] | None, y: torch.Tensor) -> None:  # fmt: skip
+    _, N, DK, DV = state.shape
+    count, rows, channels, exact = len(plan.chunks), len(plan.rows), x.shape[1], x.dtype == torch.float32
+    width, ring = (0, 1) if conv_CW is None or conv is None else (conv_CW.shape[1], conv.shape[1])
+    sizes: dict[str, Any] = {"N": N, "NK": key_heads, "DK": DK, "DV": DV}
+    taps: dict[str, Any] = {"WIDTH": width, "RING": ring}
+    key = {"heads": N, "size": x.element_size()}
+    w = x.new_empty(count, N, CHUNK, DK)
+    v = x.new_empty(count, N, DV, CHUNK)
+    h = x.new_empty(count, N, DV, DK)
+    qk = x.new_empty(count, 2 * key_heads, CHUNK, DK)
+    decay = x.new_empty(count, N, CHUNK, dtype=torch.float64 if exact else torch.float32)
+    fade = x.new_empty(count, N, CHUNK, dtype=torch.float32)
+    options = parameters("gdn.queries_and_keys", x, **key)
+    launch(
+        _queries_and_keys, (2 * key_heads, count, CHUNK // options["tokens"]), x, x.stride(0), conv_CW, conv,
+        plan.chunks, qk, channels, NK=key_heads, DK=DK, **taps, **options,
+    )  # fmt: skip
+    launch(
+        _prepare, (N, count), x, x.stride(0), conv_CW, conv, a, b, a.stride(0), A_log, dt_bias, plan.chunks, qk, w, v,
+        decay, fade, channels, **sizes, **taps, **parameters("gdn.prepare", x, **key),
+    )  # fmt: skip
+    if width:
+        options = parameters("gdn.keep", x, **key)
+        launch(
+            _keep, (rows, triton.cdiv(channels, options["block"])), x, x.stride(0), conv, plan.rows, plan.segments,
+            channels, **taps, **options,
+        )  # fmt: skip
+    options = parameters("gdn.chunk_state", x, **key)
+    options["values"] = min(options["values"], DV)
+    launch(
+        _advance, (N * DV // options["values"], rows), state, qk, w, v, decay, fade, h, plan.rows, plan.segments,
+        **sizes, **options,
+    )  # fmt: skip
+    z, norm, eps = gate or (x, A_log, 0.0)
+    launch(
+        _outputs, (N, count), qk, v, h, decay, z, z.stride(0), norm, eps, y, plan.chunks, **sizes,
+        GATED=gate is not None, **parameters("gdn.outputs", x, **key),
+    )  # fmt: skip
