@@ -17,7 +17,7 @@ from tritium.ops.conv import causal_conv
 from tritium.ops.gdn import gdn
 from tritium.ops.linear import linear
 from tritium.ops.mlp import silu_mul
-from tritium.ops.moe import experts, router_top_k
+from tritium.ops.moe import moe
 from tritium.ops.norm import gated_rms_norm, rms_norm
 from tritium.ops.spans import Spans
 from tritium.ops.spec import Op
@@ -178,32 +178,35 @@ def test_attention_inputs_turn_norm_and_write(seed: int) -> None:
 
 
 def test_experts_are_a_loop_over_tokens(seed: int) -> None:
-    tokens, e, k, h, i = 9, 5, 3, 8, 6
-    x, gate_up, down, logits = (
-        draw(seed, tokens, h),
-        draw(seed + 1, e, 2 * i, h),
-        draw(seed + 2, e, h, i),
-        draw(seed + 3, tokens, e),
-    )
-    expert, weight = router_top_k(logits_TE=logits, k=k)
-    y = experts(x_TH=x, expert_TK=expert, weight_TK=weight, gate_up_EJH=gate_up, down_EHI=down)
-    for t in range(tokens):
-        p = torch.softmax(logits[t], -1)
+    tokens, e, k, h, i, s = 9, 5, 3, 8, 6, 4
+    shapes = {
+        "x_TH": (tokens, h), "norm_H": (h,), "router_FH": (e + 1, h), "gate_up_EJH": (e, 2 * i, h),
+        "down_EHI": (e, h, i), "shared_gate_up_SH": (2 * s, h), "shared_down_HS": (h, s),
+    }  # fmt: skip
+    given = {name: draw(seed + n, *shape) for n, (name, shape) in enumerate(shapes.items())}
+    y = moe(**given, eps=1e-6, k=k)
+
+    def expert(gate_up: torch.Tensor, down: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        gate, up = (gate_up @ unit).chunk(2)
+        return down @ (torch.nn.functional.silu(gate) * up)
+
+    for t, x in enumerate(given["x_TH"]):
+        unit = x / (x.pow(2).mean() + 1e-6).sqrt() * (1 + given["norm_H"])
+        logits = given["router_FH"] @ unit
+        p = torch.softmax(logits[:e], -1)
         best = sorted(range(e), key=lambda j: -p[j])[:k]
-        assert expert[t].tolist() == best
-        want = sum(
-            p[j]
-            / p[best].sum()
-            * (down[j] @ (torch.nn.functional.silu(gate_up[j, :i] @ x[t]) * (gate_up[j, i:] @ x[t])))
-            for j in best
-        )
-        torch.testing.assert_close(y[t], want)
+        routed = [
+            p[j] / p[best].sum() * expert(given["gate_up_EJH"][j], given["down_EHI"][j], unit) for j in best
+        ]
+        shared = expert(given["shared_gate_up_SH"], given["shared_down_HS"], unit)
+        torch.testing.assert_close(y[t], x + sum(routed) + torch.sigmoid(logits[e]) * shared)
 
 
-def test_router_ties_go_to_the_lower_expert() -> None:
-    expert, weight = router_top_k(logits_TE=torch.zeros(1, 6), k=2)
-    assert expert.tolist() == [[0, 1]]
-    assert weight.tolist() == [[0.5, 0.5]]
+def test_ties_go_to_the_lower_expert(seed: int) -> None:
+    given = moe.spec.inputs(moe.spec.cases[2], torch.float32, torch.Generator().manual_seed(seed)) | {"k": 2}
+    given["router_FH"] = torch.zeros_like(given["router_FH"])
+    first = {name: given[name][:2] for name in ("gate_up_EJH", "down_EHI")} | {"router_FH": given["router_FH"][:3]}
+    assert torch.equal(moe(**given), moe(**given | first))
 
 
 # --- what shares a step never changes a row ----------------------------------------------------------------------

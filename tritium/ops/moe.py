@@ -24,45 +24,7 @@ from tritium.ops.norm import reference as rms_norm
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 
-def _router_inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    return {"logits_TE": randn(generator, dims["T"], dims["E"], dtype=dtype, scale=2.0), "k": dims["K"]}
-
-
-def _experts_inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    t, e, k, h, i = (dims[name] for name in ("T", "E", "K", "H", "I"))
-    weight = torch.rand(t, k, generator=generator).to(wide(dtype))
-    return {
-        "x_TH": randn(generator, t, h, dtype=dtype),
-        "expert_TK": torch.stack([torch.randperm(e, generator=generator)[:k] for _ in range(t)]),
-        "weight_TK": weight / weight.sum(-1, keepdim=True),
-        "gate_up_EJH": randn(generator, e, 2 * i, h, dtype=dtype, scale=h**-0.5),
-        "down_EHI": randn(generator, e, h, i, dtype=dtype, scale=i**-0.5),
-    }
-
-
-ROUTER_SPEC = OpSpec(
-    name="router_top_k",
-    cases=({"T": 1, "E": 7, "K": 2}, {"T": 33, "E": 60, "K": 8}),
-    inputs=_router_inputs,
-    results=lambda arguments, returned: {"expert_TK": returned[0], "weight_TK": returned[1]},
-    bytes_moved=lambda d, size: size * d["T"] * d["E"] + 12 * d["T"] * d["K"],
-    flops=lambda d: 5 * d["T"] * d["E"],
-    # Rounding the logits may change the choice itself, so only the wide dtype can be compared number by number.
-    dtypes=(torch.float32,),
-)
-
-EXPERTS_SPEC = OpSpec(
-    name="experts",
-    cases=({"T": 1, "E": 3, "K": 2, "H": 40, "I": 24}, {"T": 21, "E": 8, "K": 3, "H": 64, "I": 33}),
-    inputs=_experts_inputs,
-    results=lambda arguments, returned: {"y_TH": returned},
-    bytes_moved=lambda d, size: size * (min(d["E"], d["T"] * d["K"]) * 3 * d["I"] * d["H"] + 2 * d["T"] * d["H"]),
-    flops=lambda d: 6 * d["T"] * d["K"] * d["I"] * d["H"],
-    tuning_key=("E", "K", "H", "I"),
-)
-
-
-def router_reference(*, logits_TE: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k(*, logits_TE: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(expert_TK, weight_TK), by falling weight."""
     p_TE = torch.softmax(logits_TE.to(wide(logits_TE.dtype)), dim=-1)
     weight_TE, expert_TE = torch.sort(p_TE, dim=-1, descending=True, stable=True)
@@ -70,7 +32,7 @@ def router_reference(*, logits_TE: torch.Tensor, k: int) -> tuple[torch.Tensor, 
     return expert_TE[:, :k], weight_TK / weight_TK.sum(-1, keepdim=True)
 
 
-def experts_reference(
+def experts(
     *,
     x_TH: torch.Tensor,
     expert_TK: torch.Tensor,
@@ -97,7 +59,7 @@ def experts_reference(
     return y_TH.to(x_TH.dtype)
 
 
-def moe_reference(
+def reference(
     *,
     x_TH: torch.Tensor,
     norm_H: torch.Tensor,
@@ -112,22 +74,34 @@ def moe_reference(
     """y_TH in x's dtype (that of the residual stream)."""
     h_TH = rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=gate_up_EJH.dtype)
     logits_TF = linear(x_MK=h_TH, w_JK=router_FH)
-    expert_TK, weight_TK = router_reference(logits_TE=logits_TF[:, :-1], k=k)
-    routed_TH = experts_reference(
+    expert_TK, weight_TK = top_k(logits_TE=logits_TF[:, :-1], k=k)
+    routed_TH = experts(
         x_TH=h_TH, expert_TK=expert_TK, weight_TK=weight_TK, gate_up_EJH=gate_up_EJH, down_EHI=down_EHI
     )
     shared_TH = linear(x_MK=linear(x_MK=h_TH, w_JK=shared_gate_up_SH, gated=True), w_JK=shared_down_HS)
     return x_TH + (routed_TH.to(x_TH.dtype) + sigmoid(logits_TF[:, -1:].to(x_TH.dtype)) * shared_TH.to(x_TH.dtype))
 
 
-def _moe_inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+def _router(h_TH: torch.Tensor, experts: int, generator: torch.Generator) -> torch.Tensor:
+    """router_FH of which every token's logits are evenly spaced in some order: a choice that hangs on a rounding could
+    not be compared. Needs T < H; random numbers otherwise."""
+    (t, h), steps = h_TH.shape, torch.linspace(-3, 3, experts + 1)
+    if t >= h:
+        return torch.randn(experts + 1, h, generator=generator) * h**-0.5
+    logits_TF = torch.stack([steps[torch.randperm(experts + 1, generator=generator)] for _ in range(t)]).double()
+    return torch.linalg.solve(h_TH @ h_TH.t(), logits_TF).t() @ h_TH
+
+
+def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     t, e, h, i, s = (dims[name] for name in ("T", "E", "H", "I", "S"))
     full = wide(dtype)
+    x_TH, norm_H = randn(generator, t, h, dtype=full), randn(generator, h, dtype=full, scale=0.3)
+    h_TH = rms_norm(x_MD=x_TH.double(), w_D=norm_H.double(), eps=1e-6)
     return {
-        "x_TH": randn(generator, t, h, dtype=full),
-        "norm_H": randn(generator, h, dtype=full, scale=0.3),
+        "x_TH": x_TH,
+        "norm_H": norm_H,
         "eps": 1e-6,
-        "router_FH": randn(generator, e + 1, h, dtype=dtype, scale=h**-0.5),
+        "router_FH": _router(h_TH, e, generator).to(dtype),
         "gate_up_EJH": randn(generator, e, 2 * i, h, dtype=dtype, scale=h**-0.5),
         "down_EHI": randn(generator, e, h, i, dtype=dtype, scale=i**-0.5),
         "shared_gate_up_SH": randn(generator, 2 * s, h, dtype=dtype, scale=h**-0.5),
@@ -136,24 +110,23 @@ def _moe_inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> d
     }
 
 
-MOE_SPEC = OpSpec(
+SPEC = OpSpec(
     name="moe",
     cases=(
         {"T": 1, "E": 7, "K": 2, "H": 64, "I": 32, "S": 32},
+        {"T": 1, "E": 130, "K": 3, "H": 136, "I": 18, "S": 40},
         {"T": 5, "E": 9, "K": 3, "H": 72, "I": 24, "S": 40},
-        {"T": 70, "E": 16, "K": 4, "H": 128, "I": 64, "S": 64},
+        {"T": 7, "E": 257, "K": 2, "H": 64, "I": 33, "S": 33},
+        {"T": 40, "E": 6, "K": 3, "H": 128, "I": 64, "S": 64},
+        {"T": 150, "E": 5, "K": 2, "H": 192, "I": 72, "S": 72},
     ),
-    inputs=_moe_inputs,
+    inputs=_inputs,
     results=lambda arguments, returned: {"y_TH": returned},
     bytes_moved=lambda d, size: size * d["H"] * (
         3 * d["I"] * min(d["E"], d["T"] * d["K"]) + 3 * d["S"] + d["E"] + 1 + 4 * d["T"]
     ),
     flops=lambda d: 2 * d["T"] * d["H"] * (3 * d["I"] * d["K"] + 3 * d["S"] + d["E"] + 1),
-    # As for the router: a choice that hangs on a rounding cannot be compared.
-    dtypes=(torch.float32,),
     tuning_key=("E", "K", "H", "I"),
 )
 
-moe = Op(MOE_SPEC, moe_reference)
-router_top_k = Op(ROUTER_SPEC, router_reference)
-experts = Op(EXPERTS_SPEC, experts_reference)
+moe = Op(SPEC, reference, "moe:moe")
