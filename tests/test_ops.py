@@ -115,7 +115,7 @@ def test_gdn_is_the_delta_rule_token_by_token(seed: int) -> None:
     state = torch.full((2, nv, dk, dv), float("nan"), dtype=torch.float64)
     got = gdn(
         qkv_TC=qkv, a_TN=a, b_TN=b, A_log_N=a_log, dt_bias_N=bias, state=state,
-        pending=torch.zeros(2, 0, nk * dk + nv * (dv + 2), dtype=torch.float64),
+        pending=torch.zeros(2, 0, nv * (dk + dv + 2), dtype=torch.float64),
         spans=Spans((tokens,), (0,), (1,), ((1,),), CPU), key_heads=nk,
     )  # fmt: skip
     for h in range(nv):
@@ -268,7 +268,7 @@ def test_drafts_accepted_or_not_are_as_if_never_drafted(seed: int) -> None:
     weight, a_log, bias = noise(channels, width), noise(nv), noise(nv)
 
     def pools(slots: int) -> dict[str, torch.Tensor]:
-        kept = nk * dk + nv * (dv + 2)
+        kept = nv * (dk + dv + 2)
         shapes = {"state": (nv, dk, dv), "conv": (width + most, channels), "pending": (most, kept)}
         return {name: torch.full((slots + 1, *shape), float("nan")) for name, shape in shapes.items()}
 

@@ -143,11 +143,11 @@ def allocate_caches(
         return AttentionCache(pool(*shape), pool(*shape))
 
     def gdn() -> GdnCache:
-        keys, heads, value = config.gdn_key_heads * config.gdn_key_dim, config.gdn_value_heads, config.gdn_value_dim
+        heads, key, value = config.gdn_value_heads, config.gdn_key_dim, config.gdn_value_dim
         return GdnCache(
-            state=pool(slots + 1, heads, config.gdn_key_dim, value, dtype=torch.float32),
+            state=pool(slots + 1, heads, key, value, dtype=torch.float32),
             conv=pool(slots + 1, config.conv_width + drafts, config.conv_channels),
-            pending=pool(slots + 1, drafts, keys + heads * (value + 2), dtype=torch.float32),
+            pending=pool(slots + 1, drafts, heads * (key + value + 2), dtype=torch.float32),
         )
 
     caches: list[LayerCache] = [attention() if kind == FULL else gdn() for kind in config.layer_types]

@@ -60,7 +60,7 @@ class AttentionCache(NamedTuple):
 
 class GdnCache(NamedTuple):
     """Views of one GDN layer: state [slots + 1, nv, dk, dv], a ring of convolution inputs [slots + 1, cw + D, C] and
-    the inputs of drafts under verification [slots + 1, D, nk dk + nv dv + 2 nv], D the most drafts of a row."""
+    the inputs of drafts under verification [slots + 1, D, nv (dk + dv + 2)], D the most drafts of a row."""
 
     state: torch.Tensor
     conv: torch.Tensor

@@ -5,8 +5,8 @@
 See `conv`, `gdn` and `norm` for the mathematics of the parts, and `Spans` for drafts, folds and snapshots.
 
 Shapes: T tokens, C = 2 nk dk + nv dv convolution channels, M = nv dv, E = C + M + 2 nv; x_TE, conv_CW, A_log_N,
-dt_bias_N and norm_V float32; state [slots + 1, nv, dk, dv], conv [slots + 1, G, C], pending [slots + 1, D, nk dk + nv dv + 2 nv];
-y_TM in x's dtype.
+dt_bias_N and norm_V float32; state [slots + 1, nv, dk, dv], conv [slots + 1, G, C],
+pending [slots + 1, D, nv (dk + dv + 2)]; y_TM in x's dtype.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "eps": 1e-6,
         "state": randn(generator, slots, nv, dk, dv, dtype=full, scale=0.3),
         "conv": randn(generator, slots, 4 + 3, channels, dtype=dtype),
-        "pending": randn(generator, slots, 3, nk * dk + nv * (dv + 2), dtype=full, scale=0.3).abs_(),
+        "pending": randn(generator, slots, 3, nv * (dk + dv + 2), dtype=full, scale=0.3).abs_(),
         "spans": Spans(
             lengths,
             contexts,
@@ -111,4 +111,4 @@ def reference(
     return gated_reference(x_MD=o_TNV, z_MD=z.view(-1, heads, value), w_D=norm_V, eps=eps).flatten(1)
 
 
-delta_net = Op(SPEC, reference)
+delta_net = Op(SPEC, reference, "delta_net:delta_net")

@@ -15,7 +15,8 @@ drafted or not, and whatever else shares the step, so results are equal to the b
 
 Shapes: T tokens, U tokens including folded ones, R rows, D drafts; qkv_TC with C = 2 nk dk + nv dv (q, k, v, each
 head-major), a_TN and b_TN with N = nv, state [slots + 1, nv, dk, dv] (v contiguous), pending [slots + 1, D, F] with
-F = nk dk + nv dv + 2 nv, o_TNV [T, nv, dv] in the state's dtype.
+F = nv (dk + dv + 2): k, v, exp(g), β, each head-major (every value head has its own k there, so that heads run on their
+own), o_TNV [T, nv, dv] in the state's dtype.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "A_log_N": randn(generator, heads, dtype=full, scale=0.5),
         "dt_bias_N": randn(generator, heads, dtype=full, scale=0.5),
         "state": randn(generator, rows + 2, heads, key, value, dtype=full, scale=0.3),
-        "pending": randn(generator, rows + 2, 3, dims["nk"] * key + heads * (value + 2), dtype=full),
+        "pending": randn(generator, rows + 2, 3, heads * (key + value + 2), dtype=full),
         "spans": Spans(lengths, contexts, tuple(range(rows, 0, -1)), ((1,),) * rows, torch.device("cpu")),
         "key_heads": dims["nk"],
     }
@@ -92,21 +93,21 @@ def reference(
         )
     )
     decay_TN = torch.exp(-torch.exp(A_log_N) * softplus(a_TN.to(compute) + dt_bias_N))
+    group = heads // key_heads
+    k_TND, q_TND = _l2_normalised(k_TKD), _l2_normalised(q_TKD) * key**-0.5
+    if group > 1:
+        k_TND, q_TND = (x.repeat_interleave(group, dim=1) for x in (k_TND, q_TND))
     step_TF = torch.cat(
-        [_l2_normalised(k_TKD).flatten(1), v_TNV.flatten(1), decay_TN, sigmoid(b_TN.to(compute))], dim=-1
+        [k_TND.flatten(1), v_TNV.flatten(1), decay_TN, sigmoid(b_TN.to(compute))], dim=-1
     )
-    q_TKD = _l2_normalised(q_TKD) * key**-0.5
-    step_UF = step_TF
+    step_UF, q_UND = step_TF, q_TND
     if folded:
         step_UF = torch.cat([pending[spans.folded_from].to(compute), step_TF])
-        q_TKD = torch.cat([q_TKD.new_zeros(folded, key_heads, key), q_TKD])
+        q_UND = torch.cat([q_TND.new_zeros(folded, heads, key), q_TND])
     if not order.as_is:
-        step_UF, q_TKD = step_UF.index_select(0, order.order), q_TKD.index_select(0, order.order)
-    k_U, v_U, decay_UN, beta_UN = step_UF.split([key_heads * key, heads * value, heads, heads], dim=-1)
-    group = heads // key_heads
-    k_UNK1, q_UNK1 = (x.reshape(-1, key_heads, key, 1) for x in (k_U, q_TKD))
-    if group > 1:
-        k_UNK1, q_UNK1 = (x.repeat_interleave(group, dim=1) for x in (k_UNK1, q_UNK1))
+        step_UF, q_UND = step_UF.index_select(0, order.order), q_UND.index_select(0, order.order)
+    k_U, v_U, decay_UN, beta_UN = step_UF.split([heads * key, heads * value, heads, heads], dim=-1)
+    k_UNK1, q_UNK1 = (x.reshape(-1, heads, key, 1) for x in (k_U, q_UND))
     v_UNV = v_U.reshape(-1, heads, value)
     decay_UN11, beta_UN1 = decay_UN[:, :, None, None], beta_UN[:, :, None]
 
