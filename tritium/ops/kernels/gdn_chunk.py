@@ -7,8 +7,8 @@ chunk, the recurrence of `tritium.ops.gdn` over a chunk is (Yang et al., arXiv:2
     v = u - w S                           S <- exp(G_last) S + (exp(G_last - G) K)ᵀ v                  (in order)
     o = exp(G) Q S + tril(Q Kᵀ D) v                                              (of every chunk at once)
 
-Chunks end at positions that are multiples of 64, so a prompt's states do not depend on how it was cut there. They are
-padded to 64 tokens with zeros (k, v, β and log decay), which leave the state as it is: no mask but at the step's own
+Chunks end at positions that are multiples of 64 and at snapshots, so a prompt's states do not depend on how it was cut
+at multiples of 64. They are padded to 64 tokens with zeros (k, v, β and log decay), which leave the state as it is: no mask but at the step's own
 tensors. States and v are kept transposed, [dv, dk] and [dv, 64], so that the pass feeds both of its products from
 registers, as attention does. Exponents are never positive; their sums are float64 where the inputs are float32.
 
@@ -58,13 +58,13 @@ def _plan(spans: Spans, first: int) -> Plan:
         start, at, source = spans.starts[r], spans.contexts[r], spans.sources[r]
         stop = at + spans.lengths[r]
         saves = [*sorted(spans.snapshots[r]), (stop, spans.slots[r])]
-        if spans.folds[r] or spans.drafts[r] or any(position % CHUNK and position != stop for position, _ in saves):
-            raise ValueError(f"row {r}: long rows have no drafts, and snapshots at multiples of {CHUNK} or their end")
+        if spans.folds[r] or spans.drafts[r]:
+            raise ValueError(f"row {r} has drafts, as only rows of few tokens may")
         rows.append((source, start, at, len(segments), len(segments) + len(saves)))
         for position, slot in saves:
             begin = len(chunks)
             while at < position:
-                end, done = min((at // CHUNK + 1) * CHUNK, stop), at - spans.contexts[r]
+                end, done = min((at // CHUNK + 1) * CHUNK, position), at - spans.contexts[r]
                 chunks.append((start + done, end - at, done, at, source))
                 at = end
             segments.append((begin, len(chunks), slot, position))
@@ -150,10 +150,11 @@ def _inverse(x, precision: tl.constexpr):
 @triton.jit
 def _prepare(x, x_stride, conv_w, ring, a, b, gate_stride, A_log, dt_bias, chunks, qk, w, v, decay, fade, channels,
              N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-             RING: tl.constexpr, precision: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """Gates, T, w and u of one chunk and value head."""
+             RING: tl.constexpr, keys: tl.constexpr, values: tl.constexpr, precision: tl.constexpr,
+             pdl: tl.constexpr):  # fmt: skip
+    """Gates, T, w and u of one chunk and value head; `keys` of dk and `values` of dv at a time."""
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    t, d, e = tl.arange(0, C64), tl.arange(0, DK), tl.arange(0, DV)
+    t, d, e = tl.arange(0, C64), tl.arange(0, keys), tl.arange(0, values)
     rate, bias = -tl.exp(tl.load(A_log + head)), tl.load(dt_bias + head)
     wait_for_inputs(pdl)
     at = (tl.load(chunks + chunk * 5) + t).to(tl.int64) * gate_stride + head
@@ -168,19 +169,25 @@ def _prepare(x, x_stride, conv_w, ring, a, b, gate_stride, A_log, dt_bias, chunk
     tl.store(decay + base * C64 + t, total)
     tl.store(fade + base * C64 + t, tl.exp((last - total).to(tl.float32)))
 
-    k = tl.load(qk + ((chunk * 2 * NK + NK + head // (N // NK)) * C64 + t[:, None]) * DK + d[None, :])
-    gap = (total[:, None] - total[None, :]).to(tl.float32)
+    in_k = qk + (chunk * 2 * NK + NK + head // (N // NK)) * C64 * DK + t[:, None] * DK + d[None, :]
+    coupling = tl.zeros((C64, C64), tl.float32)
+    for piece in range(DK // keys):
+        k = tl.load(in_k + piece * keys)
+        coupling = tl.dot(k, tl.trans(k), coupling, input_precision="ieee")
     below = t[:, None] > t[None, :]
-    coupling = tl.dot(k, tl.trans(k), input_precision="ieee") * beta[:, None] * tl.exp(tl.where(below, gap, 0.0))
-    inverse = _inverse(tl.where(below, coupling, 0.0), precision) * beta[None, :]
-    values = _convolved(x, x_stride, conv_w, ring, chunks + chunk * 5, t, (2 * NK * DK + head * DV) + e, channels,
-                        WIDTH, RING)  # fmt: skip
-    u = tl.dot(inverse.to(k.dtype), values.to(k.dtype), input_precision="ieee")
-    tl.store(v + (base * DV + e[:, None]) * C64 + t[None, :], tl.trans(u).to(v.dtype.element_ty))
-    scaled = (inverse * tl.exp(total.to(tl.float32))[None, :]).to(k.dtype)
+    gap = tl.where(below, (total[:, None] - total[None, :]).to(tl.float32), 0.0)
+    inverse = _inverse(tl.where(below, coupling * beta[:, None] * tl.exp(gap), 0.0), precision) * beta[None, :]
+    low, scaled = inverse.to(v.dtype.element_ty), (inverse * tl.exp(total.to(tl.float32))[None, :]).to(w.dtype.element_ty)
+    for piece in range(DK // keys):
+        product = tl.dot(scaled, tl.load(in_k + piece * keys), input_precision="ieee")
+        tl.store(w + (base * C64 + t[:, None]) * DK + piece * keys + d[None, :], product.to(w.dtype.element_ty))
+    for piece in range(DV // values):
+        own = piece * values + e
+        x_tile = _convolved(x, x_stride, conv_w, ring, chunks + chunk * 5, t, 2 * NK * DK + head * DV + own, channels,
+                            WIDTH, RING)  # fmt: skip
+        u = tl.dot(low, x_tile.to(low.dtype), input_precision="ieee")
+        tl.store(v + (base * DV + own[:, None]) * C64 + t[None, :], tl.trans(u).to(v.dtype.element_ty))
     release_next(pdl)
-    product = tl.dot(scaled, k, input_precision="ieee")
-    tl.store(w + (base * C64 + t[:, None]) * DK + d[None, :], product.to(w.dtype.element_ty))
 
 
 @triton.jit
@@ -330,9 +337,11 @@ def _run(plan: Plan, x: torch.Tensor, conv_CW: torch.Tensor | None, conv: torch.
         _queries_and_keys, (2 * key_heads, count, CHUNK // options["tokens"]), x, x.stride(0), conv_CW, conv,
         plan.chunks, qk, channels, NK=key_heads, DK=DK, **taps, **options,
     )  # fmt: skip
+    options = parameters("gdn.prepare", x, **key)
+    options |= {"keys": min(options["keys"], DK), "values": min(options["values"], DV)}
     launch(
         _prepare, (N, count), x, x.stride(0), conv_CW, conv, a, b, a.stride(0), A_log, dt_bias, plan.chunks, qk, w, v,
-        decay, fade, channels, **sizes, **taps, **parameters("gdn.prepare", x, **key),
+        decay, fade, channels, **sizes, **taps, **options,
     )  # fmt: skip
     if width:
         options = parameters("gdn.keep", x, **key)
