@@ -33,7 +33,8 @@ _GIVE_UP_SECONDS = 10.0
 class Load:
     """What to send. Request i asks for prompt i (in turn) with seed `seed` + i."""
 
-    prompts: Sequence[str] = ("Tell me a long story.",)
+    prompts: Sequence[str | Sequence[int]] = ("Tell me a long story.",)
+    """Texts, or token ids (not for `chat`)."""
     chat: bool = False
     """Send prompts as a user's message instead of text to complete."""
     clients: int = 64
@@ -47,6 +48,7 @@ class Load:
     """How many finished streams are asked again, alone and not streamed, and compared."""
     seed: int = 0
     model: str | None = None
+    api_key: str | None = None
     seconds: float = 300.0
     """The run is given up after this long; what is not done by then is an error."""
     allow_remote: bool = False
@@ -150,8 +152,10 @@ class _Run:
         self._last_kill: asyncio.Future[float]
 
     async def report(self) -> LoadReport:
+        headers = {"Authorization": f"Bearer {self._load.api_key}"} if self._load.api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._load.clients)
-        async with httpx.AsyncClient(base_url=self._url, timeout=self._load.seconds, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=self._url, timeout=self._load.seconds, limits=limits,
+                                     headers=headers) as http:
             self._last_kill = asyncio.get_running_loop().create_future()
             before = await self._held(http)
             prompt_pages = await self._pages_of_an_answer(http)
@@ -232,9 +236,9 @@ class _Run:
         return None
 
     async def _held(self, http: httpx.AsyncClient) -> tuple[float, float]:
-        """Pages and slots in use."""
+        """Pages and slots in use; 0 of a server that does not tell."""
         values = await self._metrics(http)
-        return values["tritium_kv_pages_used"], values["tritium_state_slots_used"]
+        return values.get("tritium_kv_pages_used", 0.0), values.get("tritium_state_slots_used", 0.0)
 
     async def _overhead(self, http: httpx.AsyncClient) -> dict[float, float]:
         """Upper bound in seconds -> tokens so far that took at most as long."""
@@ -244,14 +248,17 @@ class _Run:
 
     async def _metrics(self, http: httpx.AsyncClient) -> dict[str, float]:
         try:
-            page = (await http.get("/metrics")).raise_for_status().text
+            answer = await http.get("/metrics")
         except httpx.HTTPError as error:
             raise ConfigError(f"no server answers at {self._url}/metrics: {error}", hint="tritium serve") from None
-        lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
+        text = answer.text if answer.status_code == 200 else ""
+        lines = (line.rpartition(" ") for line in text.splitlines() if line.startswith("tritium_"))
         return {name: float(value) for name, _, value in lines}
 
     async def _pages_of_an_answer(self, http: httpx.AsyncClient) -> int:
-        """Most pages that one request of this load can hold."""
+        """Most pages that one request of this load can hold; 0 where nobody leaves midway."""
+        if not self._kills_left:
+            return 0
         bodies = [self._load.body(i) for i in range(min(len(self._load.prompts), self._load.requests))]
         fields = "messages" if self._load.chat else "prompt"
         answers = [await http.post("/tokenize", json={fields: body[fields]}) for body in bodies]

@@ -1,13 +1,22 @@
-"""`tritium bench`: how fast."""
+"""`tritium bench`: how fast. A table on stderr as it is measured, ending in one line of JSON on stdout."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tritium.cli import options
+from tritium.config import EngineConfig
+from tritium.core import ConfigError
+
+if TYPE_CHECKING:
+    from tritium.bench.ceilings import Ceilings
 
 
 @click.group("bench")
@@ -40,3 +49,179 @@ def speculation(rounds: int, **flags: Any) -> None:
         click.echo(benchmark.line(cell), err=True)
     click.echo(json.dumps({"model": config.model, "speculate": config.speculate, "cells": cells,
                            "forced_acceptance": config.benchmark_force_acceptance}))
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Whole numbers above 0 with commas between."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is not a list of whole numbers above 0", param, context)
+        return tuple(int(part) for part in parts)
+
+
+_plot = click.option("--plot", type=click.Path(dir_okay=False), help="PNG to draw the result into.")
+_rounds = click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True,
+                       help="Measurements of each cell, of which the middle counts.")
+
+
+@bench.command()
+@click.option("--rows", type=_Numbers(), default="1,8", show_default=True, help="Tokens of a decode step.")
+@click.option("--contexts", type=_Numbers(), default="512,65536", show_default=True, help="For attention.")
+@click.option("--op", "names", multiple=True, help="Only this op; may be repeated.")
+@_plot
+@options.engine_flags
+def ops(rows: tuple[int, ...], contexts: tuple[int, ...], names: tuple[str, ...], plot: str | None,
+        **flags: Any) -> None:
+    """Each op at the model's sizes against its floor."""
+    config = options.engine_config(flags)
+
+    from tritium.bench import ops as benchmark
+    from tritium.bench.ceilings import measure
+    from tritium.models.checkpoint import find_checkpoint
+
+    model, ceilings = find_checkpoint(config, weights=False).config, measure(config.device)
+    found = [op for op in benchmark.all_ops() if op.spec.name in names or not names]
+    cells = (cell for i, count in enumerate(rows) for cell in benchmark.run(
+        [op for op in found if i == 0 or op.spec.name in benchmark.sizes(model, count, contexts)],
+        benchmark.sizes(model, count, contexts), config.device, ceilings))
+    _report("ops", config, cells, ceilings, plot)
+
+
+@bench.command()
+@click.option("--rows", type=_Numbers(), default="1,2,4,8,16,32", show_default=True, help="Requests at once.")
+@click.option("--contexts", type=_Numbers(), default="512,8192,65536,131072,262144", show_default=True,
+              help="Tokens that each has behind it.")
+@click.option("--steps", type=click.IntRange(1, 10_000), default=64, show_default=True, help="Timed together.")
+@click.option("--temperature", default=0.6, show_default=True, help="0 takes the most likely token.")
+@_rounds
+@_plot
+@options.engine_flags
+def decode(rows: tuple[int, ...], contexts: tuple[int, ...], steps: int, temperature: float, rounds: int,
+           plot: str | None, **flags: Any) -> None:
+    """Decode steps of the engine by batch and context (without drafts, unless --speculate names them)."""
+    config = _without_drafts(options.engine_config(flags))
+
+    from tritium.bench import decode as benchmark
+    from tritium.bench.ceilings import measure
+
+    ceilings = measure(config.device)
+    cells = benchmark.decode(config, ceilings, rows=rows, contexts=contexts, steps=steps, rounds=rounds,
+                             temperature=temperature)
+    _report("decode", config, cells, ceilings, plot, len(rows) * len(contexts))
+
+
+@bench.command()
+@click.option("--tokens", type=_Numbers(), default="8192,65536", show_default=True, help="Lengths of the prompts.")
+@_rounds
+@options.engine_flags
+def prefill(tokens: tuple[int, ...], rounds: int, **flags: Any) -> None:
+    """Prompts alone: tokens a second up to the first token of the answer."""
+    config = _without_drafts(options.engine_config(flags))
+
+    from tritium.bench import decode as benchmark
+    from tritium.bench.ceilings import measure
+
+    ceilings = measure(config.device)
+    _report("prefill", config, benchmark.prefill(config, ceilings, lengths=tokens, rounds=rounds), ceilings,
+            total=len(tokens))
+
+
+@bench.command()
+@click.option("--tokens", type=click.IntRange(1, 4096), default=64, show_default=True, help="Drawn by each request.")
+@options.engine_flags
+def fill(tokens: int, **flags: Any) -> int:
+    """As many full contexts as the memory plan declares, to their last token. Exit code 1 if one is cut or wrong."""
+    config = _without_drafts(options.engine_config(flags))
+
+    from tritium.bench import decode as benchmark
+
+    cell = benchmark.fill(config, tokens=tokens)
+    _report("fill", config, iter([cell]))
+    return int(not (cell["complete"] and cell["alike"]))
+
+
+@bench.command()
+@click.option("--starts", type=click.IntRange(1, 10), default=2, show_default=True,
+              help="Processes; the first finds no compiled kernels.")
+@click.option("--requests", type=click.IntRange(1, 1000), default=10, show_default=True, help="Of each, in turn.")
+@click.option("--prompt", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a prompt.")
+@options.engine_flags
+def start(starts: int, requests: int, prompt: int, **flags: Any) -> None:
+    """Fresh processes: seconds by phase to the first token, and what the first request waits more than the last."""
+    config = options.engine_config(flags)
+
+    from tritium.bench import start as benchmark
+
+    _report("start", config, benchmark.run(config, starts=starts, requests=requests, prompt=prompt), total=starts)
+
+
+@bench.command()
+@click.argument("url", default="http://127.0.0.1:8000")
+@click.option("--concurrency", type=_Numbers(), default="1,2,4,8,16,32", show_default=True, help="Clients at once.")
+@click.option("--each", type=click.IntRange(1, 1000), default=4, show_default=True, help="Requests of each client.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a prompt.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of an answer.")
+@click.option("--model", help="Name to ask for; default: the first that the server lists.")
+@click.option("--api-key", help="Key to send.")
+@click.option("--ignore-eos/--stop-at-eos", default=True, show_default=True, help="All answers equally long.")
+@click.option("--allow-remote", is_flag=True, help="The server is not on this machine, and is yours to load.")
+def serve(url: str, concurrency: tuple[int, ...], **asked: Any) -> None:
+    """A server with OpenAI's completions at URL: what its clients see, by how many there are."""
+    from tritium.bench import serve as benchmark
+
+    _report("serve", None, benchmark.run(url, concurrency=concurrency, **asked), total=len(concurrency), url=url)
+
+
+@bench.command()
+@click.argument("file", type=click.File())
+@_plot
+def table(file: Any, plot: str | None) -> None:
+    """The last line of FILE, which a benchmark ended in, as a Markdown table on stdout."""
+    from tritium.bench import show
+
+    try:
+        result = json.loads(file.read().strip().splitlines()[-1])
+        text = show.markdown(result)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{file.name} does not end in the JSON of a benchmark", hint="tritium bench ... > FILE") \
+            from error
+    if plot:
+        show.plot(result, Path(plot))
+    click.echo(text)
+
+
+def _without_drafts(config: EngineConfig) -> EngineConfig:
+    return dataclasses.replace(config, speculate="none") if config.speculate == "auto" else config
+
+
+def _report(kind: str, config: EngineConfig | None, cells: Iterator[dict[str, Any]], ceilings: Ceilings | None = None,
+            plot: str | None = None, total: int | None = None, **more: Any) -> None:
+    """Lines as they come, on stderr; then all of it as JSON, on stdout."""
+    from tqdm import tqdm
+
+    from tritium.bench import show
+
+    if ceilings is not None:
+        click.echo(ceilings.line(), err=True)
+    kept, headed = [], False
+    shown = config is None or config.show_progress
+    for cell in tqdm(cells, total=total, desc=kind, unit="cell", file=sys.stderr, disable=not shown, leave=False):
+        if not headed:
+            tqdm.write(show.head(kind), file=sys.stderr)
+            headed = True
+        kept.append(cell)
+        tqdm.write(show.line(kind, cell), file=sys.stderr)
+    result = {"bench": kind, **more, "cells": kept}
+    if config is not None:
+        result |= {"model": config.model, "load_format": config.load_format, "speculate": config.speculate}
+    if ceilings is not None:
+        result["ceilings"] = ceilings.json()
+    if plot:
+        show.plot(result, Path(plot))
+    click.echo(json.dumps(result))

@@ -50,8 +50,8 @@ def engine_flags(command: Command) -> Command:
         spelled = f"{flag(name)}/{flag('no_' + name)}" if defaults[name] is True else flag(name)
         kwargs |= {"default": defaults[name], "show_default": shown}
         command = click.option(spelled, name, help=text, **kwargs)(command)
-    about = ("A directory, a hub name (owner/name), tritium-dense or tritium-moe; with --load-format dummy also a shape: "
-             "qwen3.6-27b, qwen3.6-35b-a3b, qwen3.5-0.8b, ...")
+    about = ("A directory, a hub name (owner/name), tritium-dense or tritium-moe; with --load-format dummy also a name "
+             "of the family: qwen3.6-27b, qwen3.6-35b-a3b, qwen3.5-0.8b, ...")
     return click.option("--model", "model_flag", default=None, help=f"{about}  [default: tritium-dense]")(command)
 
 

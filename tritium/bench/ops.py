@@ -1,0 +1,126 @@
+"""Every op at the sizes of a model against its floor: the bytes and the operations that it cannot avoid."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+import tritium.ops
+from tritium.bench.ceilings import Ceilings, seconds_of
+from tritium.hw import probe
+from tritium.models.config import ModelConfig
+from tritium.ops.spans import Spans
+from tritium.ops.spec import Dims, Op
+
+_COLD_BYTES, _MOST_BYTES, _MOST_COPIES = 512 << 20, 24 << 30, 64
+"""What the inputs of one round move at least, so that no cache holds them; what they may take; how many there are."""
+
+
+def all_ops() -> list[Op]:
+    modules = [importlib.import_module(f"tritium.ops.{m.name}") for m in pkgutil.iter_modules(tritium.ops.__path__)]
+    found = {value.spec.name: value for module in modules for value in vars(module).values() if isinstance(value, Op)}
+    return [found[name] for name in sorted(found)]
+
+
+def sizes(config: ModelConfig, rows: int, contexts: Sequence[int]) -> dict[str, list[Dims]]:
+    """Op: the sizes at which a decode step of `rows` tokens of this model calls it."""
+    H, V, d, G, N = (config.hidden_size, config.vocab_size, config.head_dim, config.num_kv_heads, config.num_heads)
+    nk, nv, dk, dv = config.gdn_key_heads, config.gdn_value_heads, config.gdn_key_dim, config.gdn_value_dim
+    values = nv * dv
+    products: list[Dims] = [
+        {"M": rows, "N": config.conv_channels + values + 2 * nv, "K": H, "norm": 1},
+        {"M": rows, "N": H, "K": values, "residual": 1},
+        {"M": rows, "N": 2 * (N + G) * d, "K": H, "norm": 1},
+        {"M": rows, "N": H, "K": N * d, "residual": 1},
+        {"M": rows, "N": V, "K": H},
+    ]
+    if inner := config.intermediate_size:
+        products += [{"M": rows, "N": inner, "K": H, "norm": 1, "gated": 1},
+                     {"M": rows, "N": H, "K": inner, "residual": 1}]
+    found: dict[str, list[Dims]] = {
+        "linear": products,
+        "rms_norm": [{"M": rows, "D": H}],
+        "delta_net": [{"nk": nk, "nv": nv, "dk": dk, "dv": dv}],
+        "attention_inputs": [{"T": rows, "N": N, "G": G, "D": d, "F": config.rope.rotary_dim // 2}],
+        "paged_attention": [{"T": 1, "N": N, "G": G, "D": d, "L": context} for context in contexts],
+        "sample": [{"S": rows, "V": V}],
+        "logprobs": [{"S": rows, "V": V, "K": 5}],
+        "feed": [{"R": rows, "Q": 1}],
+    }
+    if moe := config.moe:
+        experts = {"E": moe.num_experts, "K": moe.experts_per_token, "H": H, "I": moe.intermediate_size}
+        found["moe"] = [{"T": rows, **experts, "S": moe.shared_intermediate_size}]
+    return found
+
+
+def run(ops: Sequence[Op], family: dict[str, list[Dims]], device_name: str, ceilings: Ceilings, *,
+        budget: float = 0.1) -> Iterator[dict[str, Any]]:
+    """A line for each op and size; those that the model does not call, at the largest size they are tested at."""
+    device = torch.device(probe(device_name).device)
+    gpu = device.type == "cuda"
+    for op in ops:
+        spec = op.spec
+        wanted = torch.bfloat16 if gpu else torch.float32
+        dtype = wanted if wanted in spec.dtypes else spec.dtypes[0]
+        for dims in family.get(spec.name, [spec.cases[-1]]):
+            moved, work = spec.bytes_moved(dims, dtype.itemsize), spec.flops(dims)
+            calls = _inputs(op, dims, dtype, device, moved if gpu else _COLD_BYTES)
+            seconds = seconds_of(_round(op, calls, gpu), device, budget=budget) / len(calls)
+            floor = max(moved / ceilings.read, work / ceilings.dot)
+            yield {
+                "op": spec.name, "sizes": " ".join(f"{name}{value}" for name, value in dims.items()),
+                "form": op.form(device.type), "us": 1e6 * seconds, "floor_us": 1e6 * floor, "share": floor / seconds,
+                "bytes": moved, "flops": work, "called": spec.name in family,
+            }  # fmt: skip
+
+
+def _inputs(op: Op, dims: Dims, dtype: torch.dtype, device: torch.device, moved: int) -> list[dict[str, Any]]:
+    """Arguments for as many calls as keep all of them out of the caches, in memory of their own."""
+    calls: list[dict[str, Any]] = []
+    copies = 1
+    while len(calls) < copies:
+        generator = torch.Generator(device).manual_seed(len(calls))
+        with device:  # drawn where it is used: a CPU takes seconds for a head
+            drawn = op.spec.inputs(dims, dtype, generator)
+        calls.append({name: _on(value, device) for name, value in drawn.items()})
+        if len(calls) == 1:
+            held = sum(value.nbytes for value in calls[0].values() if isinstance(value, torch.Tensor))
+            copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(moved, 1)), max(1, _MOST_BYTES // max(held, 1)))
+    return calls
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Spans):
+        return dataclasses.replace(value, device=device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_on(part, device) for part in value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: _on(getattr(value, f.name), device)
+                                             for f in dataclasses.fields(value) if f.init})
+    return value
+
+
+def _round(op: Op, calls: Sequence[dict[str, Any]], gpu: bool) -> Any:
+    """One pass over all inputs; on a GPU a captured graph, where the op is a kernel (a reference may synchronise)."""
+
+    @torch.inference_mode()
+    def once() -> None:
+        for arguments in calls:
+            op(**arguments)
+
+    if not gpu or not op.launcher:
+        return once
+    once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    return graph.replay
