@@ -30,6 +30,7 @@ def assemble(
     host: int = 0,
     proposer: Proposer | None = None,
     depth: Callable[[Request], int] = lambda request: 0,
+    ahead: bool = False,
 ) -> Engine:
     """An engine over the same network and memory. `checkpoints`: slots of the prefix cache; None: no prefix cache.
     `host`: places for evicted checkpoints in host memory."""
@@ -45,6 +46,7 @@ def assemble(
         slots=slots,
         directory=Path(),
         generation_defaults={},
+        ahead=ahead,
     )
 
 

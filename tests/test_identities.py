@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import random_checkpoint
-from serving import VOCAB, Logits, Served, again, mixed_requests, prompt, replace_tokens, request, serve
+from serving import (
+    VOCAB,
+    Logits,
+    Served,
+    again,
+    assemble,
+    mixed_requests,
+    prompt,
+    replace_tokens,
+    request,
+    run,
+    serve,
+)
 
 from tritium.config import EngineConfig
-from tritium.core import Request
+from tritium.core import EngineStats, FinishReason, Request, StepPlan
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
 from tritium.engine import Engine
 
@@ -160,3 +173,46 @@ def test_depth_may_change_at_every_step(engine: Engine, seed: int) -> None:
     want, _ = serve(engine, again(requests))
     got, _ = serve(engine, again(requests), proposer=HeadProposer(), depth=lambda request: rng.randrange(5))
     assert got == want
+
+
+def test_one_step_ahead_is_the_plain_loop(engine: Engine, seed: int) -> None:
+    """Ends by length, by tokens that nobody foresaw, by aborts; few pages, so that requests are preempted; what ended
+    is taken up again by the next turn, so that the state at its end must be right."""
+    rng = random.Random(seed + 5)
+    stops = tuple(rng.sample(range(1, VOCAB), 8))
+    first = [
+        replace(r, sampling=r.sampling.replace(max_tokens=90, stop_token_ids=stops[: rng.choice((0, 1, 8))]))
+        for r in mixed_requests(rng, 24, longest=100)
+    ]
+    arrivals = [i // 8 * 60 + rng.randrange(10) for i in range(len(first))]
+    leaving = {i: arrivals[i] + rng.randrange(30) for i in rng.sample(range(24), 4)}
+
+    steps_ahead = 0
+
+    def served(ahead: bool, pages: int) -> tuple[Served, Served, EngineStats]:
+        loop = assemble(engine, budget=128, pages=pages, checkpoints=60, ahead=ahead)
+        foreseen = loop.scheduler.plan_next
+
+        def counted(plan: StepPlan) -> StepPlan | None:
+            nonlocal steps_ahead
+            following = foreseen(plan)
+            steps_ahead += following is not None
+            return following
+
+        loop.scheduler.plan_next = counted  # type: ignore[method-assign]
+        once, _ = run(loop, again(first), arrive=lambda i: arrivals[i])
+        turns = [request(f"{r.id}-2", [*r.prompt_ids, *once[r.id][0], 7, 8, 9]) for r in first]
+        twice, stats = run(loop, turns, arrive=lambda i: 2 * i, leave=leaving.get)
+        return once, twice, stats
+
+    for pages in (10, 150):
+        plain, ahead = served(False, pages), served(True, pages)
+        assert ahead[0] == plain[0]
+        assert all(ahead[1][name] == plain[1][name] for name in ahead[1].keys() & plain[1].keys())
+        assert any(reason is FinishReason.STOP for _, reason in plain[0].values())
+        if pages == 10:
+            assert ahead[2].preemptions > 0
+        else:
+            hits = ahead[2].prefix_hit_tokens, plain[2].prefix_hit_tokens
+            assert hits[0] == hits[1] > 0, "the state at the end of an answer serves its next turn"
+    assert steps_ahead > 20

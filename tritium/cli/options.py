@@ -21,7 +21,7 @@ ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "device": (str, "auto, cpu, cuda or cuda:N (AMD GPUs too)."),
     "max_model_len": (int, "Longest prompt + output in tokens; default: the checkpoint's limit, or what fits."),
     "max_num_seqs": (int, "Requests that run at once."),
-    "max_num_batched_tokens": (int, "Tokens in a step: decode first, then prefill chunks."),
+    "max_num_batched_tokens": (int, "Tokens in a step, decode first, then prefill chunks; default: 8192 (CPU: 512)."),
     "gpu_memory_utilization": (float, "Share of the device's memory (on a CPU: of free memory) that may be used."),
     "kv_cache_memory_bytes": (int, "Bytes of the KV pool; default: what is left, as far as it can be used."),
     "num_gpu_blocks_override": (int, "Pages (64 tokens each) of the KV pool."),
@@ -33,6 +33,7 @@ ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "swap_space": (float, "GiB of host memory for states evicted from a GPU; default: 4, none where memory is shared."),
     "cache_dir": (str, "Directory of prefix cache files: one is read at the start and written at the end."),
     "enforce_eager": (bool, "No captured graphs."),
+    "async_scheduling": (bool, "Plan decode steps one ahead; default: where the device runs from graphs."),
     "load_format": (click.Choice(LOAD_FORMATS), "Format of the weights; dummy: random ones, for benchmarks."),
     "seed": (int, "Seed from which requests without one draw theirs; default: from the operating system."),
     "num_threads": (int, "CPU threads; default: torch's choice."),
@@ -47,7 +48,8 @@ def engine_flags(command: Command) -> Command:
     for name, (kind, text) in reversed(ENGINE_FLAGS.items()):
         kwargs: dict[str, Any] = {"is_flag": True} if kind is bool else {"type": kind}
         shown = kind is not bool and defaults[name] is not None
-        spelled = f"{flag(name)}/{flag('no_' + name)}" if defaults[name] is True else flag(name)
+        two_ways = defaults[name] is True or name == "async_scheduling"
+        spelled = f"{flag(name)}/{flag('no_' + name)}" if two_ways else flag(name)
         kwargs |= {"default": defaults[name], "show_default": shown}
         command = click.option(spelled, name, help=text, **kwargs)(command)
     about = ("A directory, a hub name (owner/name), tritium-dense or tritium-moe; with --load-format dummy also a name "

@@ -35,8 +35,8 @@ class EngineConfig:
     max_model_len: int | None = None
     """Longest prompt + output in tokens; None: the checkpoint's limit, or what fits if that is less."""
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    """Tokens in a step: decode rows first, then prefill chunks in what is left."""
+    max_num_batched_tokens: int | None = None
+    """Tokens in a step: decode rows first, then prefill chunks in what is left. None: 8192, on a CPU 512."""
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory that the plan may use (on a CPU: of the memory that is available, at most)."""
     kv_cache_memory_bytes: int | None = None
@@ -54,6 +54,8 @@ class EngineConfig:
     """Directory of files with the prefix cache: `cache` is read at the start and written at the end, others by name."""
     enforce_eager: bool = False
     """No captured graphs (there are none on a CPU, where this changes nothing)."""
+    async_scheduling: bool | None = None
+    """Plan decode steps one ahead, while the device works. None: where it runs from graphs. Changes no token."""
     load_format: str = "safetensors"
     """dummy: random weights, for benchmarks; the answers are nonsense."""
     seed: int | None = None
@@ -73,11 +75,9 @@ class EngineConfig:
             hint = f"one of {', '.join(LOAD_FORMATS)}"
             raise ConfigError(f"--load-format {self.load_format} is not supported", hint=hint)
         Speculation.parse(self.speculate)
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         for name in (
-            "max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override", "num_checkpoints", "num_threads"
+            "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes",
+            "num_gpu_blocks_override", "num_checkpoints", "num_threads"
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -91,6 +91,10 @@ class EngineConfig:
             raise ConfigError("--cache-dir keeps the prefix cache, which is off", hint="--enable-prefix-caching")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"--gpu-memory-utilization must be within (0, 1], got {self.gpu_memory_utilization}")
+
+    def batched_tokens(self, on_gpu: bool) -> int:
+        """`max_num_batched_tokens`, or what it is where nothing was asked."""
+        return self.max_num_batched_tokens or (8192 if on_gpu else 512)
 
 
 @dataclass(frozen=True, slots=True)

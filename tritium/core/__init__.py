@@ -12,6 +12,7 @@ from tritium.core.errors import (
 )
 from tritium.core.sampling_params import SamplingParams
 from tritium.core.stages import (
+    AHEAD,
     PAGE_TOKENS,
     CacheCall,
     EngineStats,
@@ -34,6 +35,7 @@ from tritium.core.stages import (
 )
 
 __all__ = [
+    "AHEAD",
     "PAGE_TOKENS",
     "AnswerRules",
     "CacheCall",

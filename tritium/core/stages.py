@@ -93,6 +93,10 @@ class Request:
         return tuple(self.prompt_ids[start:]) + tuple(self.output_ids[: stop - n])
 
 
+AHEAD = -1
+"""In the place of an id: the one that the step before draws for the same request."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """One request's share of a step: compute `ids` at positions start, start + 1, ...
@@ -134,6 +138,9 @@ class RowPlan:
     """(position, slot): put the state after `position` tokens there."""
     copy_page: tuple[int, int] | None = None
     """(from, to): copy this page before the forward pass, because the row will write into the second."""
+    ends: frozenset[int] = frozenset()
+    """Of a row planned one step ahead, whose only id is `AHEAD`: the ids that end it. If the step before draws one of
+    them, nothing is computed for the row."""
 
     @property
     def stop(self) -> int:
@@ -393,6 +400,8 @@ class EngineStats:
     """Rows of steps that gave tokens: tokens per forward of one request = generated_tokens / decode_rows."""
     draft_seconds_saved: float = 0.0
     """What speculation saved, by the cost model of `--speculate auto`; 0 without."""
+    attested: dict[str, float] = field(default_factory=dict)
+    """Ops that kernels serve: relative difference from their references, on this device, at the start."""
     forced_acceptance: float | None = None
     """The rate of --benchmark-force-acceptance: the answers are wrong."""
     seconds: dict[str, float] = field(default_factory=dict)

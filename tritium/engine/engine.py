@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tritium.cache import PagePool, PrefixCache, SlotPool
+from tritium.cache import PagePool, PrefixCache, SlotPool, pages_for
 from tritium.config import MAX_DRAFTS, EngineConfig, Speculation
 from tritium.core import (
     CacheCall,
@@ -21,6 +21,7 @@ from tritium.core import (
     EngineStats,
     Request,
     RequestError,
+    StepPlan,
     TokenEvent,
 )
 from tritium.draft.depth import DepthPolicy
@@ -29,7 +30,7 @@ from tritium.engine.memory_plan import MemoryPlan, plan_memory
 from tritium.engine.persist import DEFAULT_NAME, CacheFiles
 from tritium.models.checkpoint import Checkpoint, fingerprint
 from tritium.models.config import ModelConfig
-from tritium.runner import Runner
+from tritium.runner import Flight, Runner
 from tritium.sched import Limits, Scheduler
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,10 @@ class Engine:
         generation_defaults: Mapping[str, Any],
         policy: DepthPolicy | None = None,
         files: CacheFiles | None = None,
+        ahead: bool | None = None,
+        attested: Mapping[str, float] | None = None,
     ) -> None:
+        """`ahead`: as `EngineConfig.async_scheduling`."""
         self.runner = runner
         self.scheduler = scheduler
         self.memory_plan = plan
@@ -62,6 +66,11 @@ class Engine:
         self._counts = {"prompt_tokens": 0, "generated_tokens": 0, "steps": 0, "decode_rows": 0}
         self._proposed, self._accepted = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
         self._schedule_seconds = 0.0
+        self._ahead = ahead
+        self._following: Flight | None = None
+        self._began = 0.0
+        """When the step under way began: its launch, or the end of the one before."""
+        self.attested = dict(attested or {})
         self._policy = policy
         self._files = files
         if files is not None:
@@ -75,7 +84,8 @@ class Engine:
         """
         import torch
 
-        from tritium.hw import probe
+        from tritium.engine.selftest import attest
+        from tritium.hw import available_cores, probe
         from tritium.models.checkpoint import find_checkpoint, load_parameters, read_json
         from tritium.models.decoder import Decoder, allocate_caches
 
@@ -104,13 +114,20 @@ class Engine:
         pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots + plan.num_checkpoints)
         host = SlotPool(plan.num_host_checkpoints)
         cache = PrefixCache(pages, slots, host=host) if config.enable_prefix_caching else None
-        limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len)
+        limits = Limits(config.max_num_seqs, config.batched_tokens(target.is_gpu), plan.max_model_len)
         policy = DepthPolicy(speculation.most) if speculation.adaptive else None
         depth = policy.depth if policy else lambda request: speculation.most
         generation = directory / "generation_config.json"
+        runner = Runner(model, caches, run_head=speculation.mtp > 0, host_places=plan.num_host_checkpoints,
+                        force_acceptance=config.benchmark_force_acceptance)
+        attested: dict[str, float] = {}
+        if target.is_gpu:
+            runner.compile(config.max_num_seqs, speculation.most, workers=available_cores())
+            attested = attest(model)
+            if not config.enforce_eager:
+                runner.capture(config.max_num_seqs, speculation.most, pages_for(plan.max_model_len))
         return cls(
-            Runner(model, caches, run_head=speculation.mtp > 0, force_acceptance=config.benchmark_force_acceptance,
-                   host_places=plan.num_host_checkpoints),
+            runner,
             Scheduler(limits, pages, slots, cache=cache, proposer=policy or proposer, depth=depth),
             plan=plan,
             pages=pages,
@@ -119,27 +136,47 @@ class Engine:
             generation_defaults=read_json(generation) if generation.exists() else {},
             policy=policy,
             files=_files(config, checkpoint, plan, target.kind) if config.cache_dir is not None else None,
+            ahead=config.async_scheduling,
+            attested=attested,
         )
 
     # --- the loop --------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenEvent]:
-        """One step for everything that can run. An exception from here means that the engine cannot go on."""
-        begin = time.perf_counter()
-        plan = self.scheduler.plan()
-        self._schedule_seconds += time.perf_counter() - begin
-        if plan is None:
+        """One step for everything that can run: plan, execute, commit. Where the step after it can be known while the
+        device works (`Scheduler.plan_next`), it is launched before this one's result is waited for.
+
+        An exception from here means that the engine cannot go on.
+        """
+        flight, self._following = self._following or self._launched(self._planned(self.scheduler.plan)), None
+        if flight is None:
             return []
-        begin, head_seconds = time.perf_counter(), self.runner.seconds["draft"]
-        result = self.runner.execute(plan)
+        if flight.under_way if self._ahead is None else self._ahead:
+            following = self._planned(lambda: self.scheduler.plan_next(flight.plan))
+            self._following = self._launched(following, after=flight)
+        begin, head_seconds = self._began, self.runner.seconds["draft"]
+        result = flight.result()
+        self._began = time.perf_counter()
         if self._policy:
-            seconds = time.perf_counter() - begin
-            self._policy.observe(plan, result, seconds, self.runner.seconds["draft"] - head_seconds)
-        begin = time.perf_counter()
-        events = self.scheduler.commit(plan, result)
+            head_seconds = self.runner.seconds["draft"] - head_seconds
+            self._policy.observe(flight.plan, result, self._began - begin, head_seconds)
+        events = self.scheduler.commit(flight.plan, result)
         self._count(events)
-        self._schedule_seconds += time.perf_counter() - begin
+        self._schedule_seconds += time.perf_counter() - self._began
         return events
+
+    def _planned(self, plan: Callable[[], StepPlan | None]) -> StepPlan | None:
+        begin = time.perf_counter()
+        made = plan()
+        self._schedule_seconds += time.perf_counter() - begin
+        return made
+
+    def _launched(self, plan: StepPlan | None, after: Flight | None = None) -> Flight | None:
+        if plan is None:
+            return None
+        if after is None:
+            self._began = time.perf_counter()
+        return self.runner.launch(plan, after)
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises `RequestError` when it can never be served."""
@@ -212,7 +249,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._following is not None
 
     def stats(self) -> EngineStats:
         reuse = self.scheduler.reuse
@@ -234,6 +271,7 @@ class Engine:
             draft_proposed=tuple(self._proposed),
             draft_accepted=tuple(self._accepted),
             draft_seconds_saved=self._policy.seconds_saved if self._policy else 0.0,
+            attested=self.attested,
             forced_acceptance=self.runner.force_acceptance,
             seconds={"schedule": self._schedule_seconds, **self.runner.seconds},
         )

@@ -102,14 +102,14 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
     Raises `ConfigError` for limits that contradict the checkpoint or each other, `CapacityError` for what does not
     fit, each with the flag to change.
     """
-    _check_limits(config, engine)
+    _check_limits(config, engine, target)
     dtype = compute_dtype(config, engine, target)
     width = ITEM_BYTES[dtype]
     budget = _budget(engine, target)
     weights = weight_bytes(config, dtype)
     asked_len = engine.max_model_len or config.max_position
     drafts = Speculation.parse(engine.speculate).possible(config.mtp_layers > 0).most
-    fixed, per_row = workspace_bytes(config, engine.max_num_batched_tokens, asked_len, width, drafts)
+    fixed, per_row = workspace_bytes(config, engine.batched_tokens(target.is_gpu), asked_len, width, drafts)
     workspace = fixed + engine.max_num_seqs * per_row
     per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width, drafts)
     state = (engine.max_num_seqs + 1) * per_slot
@@ -232,15 +232,15 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.3g} {unit}"
 
 
-def _check_limits(config: ModelConfig, engine: EngineConfig) -> None:
+def _check_limits(config: ModelConfig, engine: EngineConfig, target: Target) -> None:
     if engine.max_model_len is not None and engine.max_model_len > config.max_position:
         raise ConfigError(
             f"--max-model-len {engine.max_model_len} is above the checkpoint's limit of {config.max_position}",
             hint=f"--max-model-len {config.max_position} at most",
         )
-    if engine.max_num_batched_tokens < engine.max_num_seqs:
+    if engine.batched_tokens(target.is_gpu) < engine.max_num_seqs:
         raise ConfigError(
-            f"--max-num-batched-tokens {engine.max_num_batched_tokens} is less than --max-num-seqs "
+            f"--max-num-batched-tokens {engine.batched_tokens(target.is_gpu)} is less than --max-num-seqs "
             f"{engine.max_num_seqs}: a step computes one token of every running request",
             hint=f"--max-num-batched-tokens {engine.max_num_seqs} at least, or a smaller --max-num-seqs",
         )

@@ -67,10 +67,12 @@ class Decoder:
         self.mtp = MtpHead(parameters, config, table_LF2) if config.mtp_layers else None
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
-        """Hidden states after the final norm, [T, H]. `caches` has one entry a layer."""
+    def forward(
+        self, batch: ForwardBatch, caches: Sequence[LayerCache], layers: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Hidden states after the final norm, [T, H]. `caches` has one entry a layer; `layers`: only these."""
         x_TH = functional.embedding(batch.ids_T, self.embed).to(wide(self.dtype))
-        for layer, cache in zip(self.layers, caches):
+        for layer, cache in zip(self.layers if layers is None else [self.layers[i] for i in layers], caches):
             x_TH = layer(x_TH, batch.spans, cache)
         return rms_norm(x_MD=x_TH, w_D=self.norm, eps=self.config.rms_eps, dtype=self.dtype)
 

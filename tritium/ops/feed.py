@@ -8,8 +8,8 @@ and this op fills them from it:
     pages[r, at] = page, where at ≥ 0: the page that a row was given since the last step
 
 Shapes: R rows, Q tokens a row, D drawn tokens; host_HR int32 with H = HEADER + Q + ENDS columns: length, context,
-source, slot, fold, drafts, snap_at, snap_slot, page_at, page; Q ids; ENDS ids that end a row (-1: none). ids_T int64 and
-next_S int64 (positions of the tokens to be drawn), T = S = R Q.
+source, slot, fold, drafts, snap_at, snap_slot, page_at, page; Q ids; ENDS ids that end a row (-1: none). ids_T int64
+and next_S int64 (positions of the tokens to be drawn), T = S = R Q.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def empty_table(rows: int, tokens: int, width: int, device: torch.device) -> Tab
     starts_R = torch.arange(0, rows * tokens, tokens, dtype=torch.int32, device=device)
     row_T = torch.arange(rows, dtype=torch.int32, device=device).repeat_interleave(tokens)
     columns = [zeros(rows) for _ in range(8)]
-    return Table(starts_R, *columns, zeros(rows) - 1, zeros(rows, width), row_T, zeros(rows * tokens) - 1)
+    absent_R, absent_T = zeros(rows) - 1, zeros(rows * tokens) - 1
+    return Table._make((starts_R, *columns, absent_R, zeros(rows, width), row_T, absent_T))
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -32,6 +34,8 @@ class OpSpec:
     flops: Callable[[Dims], int]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     tolerance: float = 2.0
+    attest: float = 0.03
+    """Relative difference from the reference, in bfloat16, above which the self-test at the start fails."""
     features: frozenset[str] = frozenset()
     """Target features that the fastest form needs."""
     tuning_key: tuple[str, ...] = ()
@@ -49,7 +53,10 @@ class Op:
     """module:function in `tritium.ops.kernels`, imported when it is first used: a CPU needs no Triton."""
 
     def __call__(self, **arguments: Any) -> Any:
-        return (self.kernel if self.launcher and _on_device(arguments) else self.reference)(**arguments)
+        if not (self.launcher and _on_device(arguments)):
+            return self.reference(**arguments)
+        witness = _witness.get()
+        return witness(self, arguments) if witness else self.kernel(**arguments)
 
     @cached_property
     def kernel(self) -> Callable[..., Any]:
@@ -61,6 +68,19 @@ class Op:
     def form(self, kind: str) -> str:
         """Which form serves a call on a device of this kind (cpu, cuda, hip)."""
         return "kernel (Triton)" if self.launcher and kind != "cpu" else "reference (PyTorch)"
+
+
+_witness: ContextVar[Callable[[Op, dict[str, Any]], Any] | None] = ContextVar("witness", default=None)
+
+
+@contextmanager
+def witnessed(witness: Callable[[Op, dict[str, Any]], Any]) -> Iterator[None]:
+    """Calls of ops that a kernel serves go through `witness`, which gives their result."""
+    token = _witness.set(witness)
+    try:
+        yield
+    finally:
+        _witness.reset(token)
 
 
 def _on_device(arguments: Mapping[str, Any]) -> bool:

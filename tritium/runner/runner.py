@@ -1,4 +1,4 @@
-"""Executes a plan: batch, forward, sample, verify drafts, propose the next ones.
+"""Executes plans: batch, forward, sample, verify drafts, propose the next ones; decode steps from graphs on a GPU.
 
 Shapes: T tokens, S draws, H hidden, V vocabulary.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,8 +17,15 @@ from tritium.core import RowPlan, RowResult, Site, StepPlan, StepResult, TokenLo
 from tritium.draft import mtp
 from tritium.models.decoder import Decoder
 from tritium.nn.batch import AttentionCache, ForwardBatch, LayerCache
+from tritium.ops.sampling import sample
+from tritium.ops.spans import Spans
+from tritium.runner.flight import Flight, in_order, landed
+from tritium.runner.graphs import Graphs, Replay, sizes
 from tritium.runner.states import States
 from tritium.sampling import Sampled, Sampler, prompt_logprobs
+
+_PROMPTS = (33, 64, 200, 256)
+"""Tokens of prompts to compile for: kernels differ by whether they are a multiple of 16."""
 
 Observer = Callable[[StepPlan, torch.Tensor], None]
 """Called with the plan and the logits after every one of its tokens, [T, V] float32."""
@@ -38,15 +45,76 @@ class Runner:
         self.sampler = Sampler()
         self.run_head = run_head and model.mtp is not None
         self.force_acceptance = force_acceptance
+        self.graphs: Graphs | None = None
+        """Decode steps; without them, and for all other steps, ops are launched one by one."""
         self.observer: Observer | None = None
         self.seconds = {"prepare": 0.0, "forward": 0.0, "sample": 0.0, "draft": 0.0}
         """Time spent in each phase since the start."""
 
     @torch.inference_mode()
+    def compile(self, max_rows: int, drafts: int, workers: int) -> None:
+        """Compiles all kernels that steps of up to `max_rows` decode rows and prompts need, `workers` at a time, so
+        that none is compiled on a request. Runs nothing; what is in Triton's cache is not compiled again."""
+        from tritium.ops.kernels.launch import compiled_ahead
+
+        rows, tokens = sizes(max_rows, drafts)
+        steps = [(n,) * r for r in rows for n in tokens] + [(1,) * r + (n,) for r in (0, 1, 2) for n in _PROMPTS]
+        config, device = self.model.config, self.model.device
+        layers = [config.layer_types.index(kind) for kind in dict.fromkeys(config.layer_types)]
+        with compiled_ahead(workers):
+            for lengths in steps:
+                nothing = (0,) * len(lengths)
+                spans = Spans(lengths, nothing, nothing, ((0,) * 16,) * len(lengths), device)
+                ids_T = torch.zeros(spans.num_tokens, dtype=torch.int64, device=device)
+                batch = ForwardBatch(ids_T, spans, ids_T)
+                hidden_TH = self.model.forward(batch, [self.caches[i] for i in layers], layers)
+                logits_SV = self.model.logits(hidden_TH[: max_rows * tokens[-1]])
+                zeros_S = torch.zeros(len(logits_SV), dtype=torch.int64, device=device)
+                real_S = zeros_S.double()
+                sample(
+                    logits_SV=logits_SV, temperature_S=real_S, top_k_S=zeros_S, top_p_S=real_S, min_p_S=real_S,
+                    seed_S=zeros_S, position_S=zeros_S,
+                )  # fmt: skip
+                if self.run_head:
+                    self.model.draft_hidden(hidden_TH, ids_T, spans, self.caches[-1])
+
+    def capture(self, max_rows: int, drafts: int, max_pages: int) -> None:
+        """Makes the graphs."""
+        self.graphs = Graphs(self.model, self.caches, max_rows=max_rows, drafts=drafts, max_pages=max_pages)
+
     def execute(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, after: Flight | None = None) -> Flight:
+        """Starts a step. `after`: the one before it, where `plan` was made one step ahead."""
         with self._timed("prepare"):
             self.states.move(plan.moves)
             self._copy_pages([row.copy_page for row in plan.rows if row.copy_page])
+        if self.graphs is not None and self.observer is None and self.graphs.serves(plan):
+            with self._timed("prepare"):
+                replay = self.graphs.launch(plan)
+            return Flight(plan, lambda: self._landed(replay), under_way=True)
+        known = landed(plan, after)
+        result = in_order(plan, self._computed(known) if known.rows else [])
+        return Flight(plan, lambda: result, under_way=False)
+
+    @torch.inference_mode()
+    def _landed(self, replay: Replay) -> StepResult:
+        """What a graph found."""
+        with self._timed("forward"):
+            drawn = replay.wait()
+        plan = replay.plan
+        draws = [self._accepted(row, [Sampled(token) for token in tokens]) for row, tokens in zip(plan.rows, drawn)]
+        drafts: Sequence[tuple[int, ...]] = [()] * len(plan.rows)
+        if self.run_head and any(row.want_drafts for row in plan.rows):
+            batch = ForwardBatch.from_plan(plan, self.model.device)
+            drafts = self._proposed(plan, batch, replay.hidden_TH(), draws)
+        return in_order(plan, _results(plan, draws, drafts))
+
+    def _computed(self, plan: StepPlan) -> list[RowResult]:
+        """A step without a graph: launched op by op, and waited for."""
+        with self._timed("prepare"):
             batch = ForwardBatch.from_plan(plan, self.model.device)
         with self._timed("forward"):
             hidden_TH = self.model.forward(batch, self.caches)
@@ -60,40 +128,36 @@ class Runner:
                 for i, row in enumerate(plan.rows)
                 if row.sampling.prompt_logprobs is not None and row.start < row.prompt_len
             }
-        tokens = [tuple(draw.token for draw in draws if draw.token is not None) for draws in drawn]
-        drafts: Sequence[tuple[int, ...]] = [()] * len(tokens)
+        drafts: Sequence[tuple[int, ...]] = [()] * len(drawn)
         if self.run_head:
-            with self._timed("draft"):
-                drafts = mtp.propose(self.model, self.caches[-1], self._draw, plan, batch, hidden_TH, tokens)
-        return StepResult(
-            tuple(
-                RowResult(
-                    row.request_id,
-                    tokens=tokens[i],
-                    logprobs=tuple(draw.logprob for draw in drawn[i] if draw.logprob is not None),
-                    prompt_logprobs=told.get(i, ()),
-                    drafts=drafts[i],
-                )
-                for i, row in enumerate(plan.rows)
-            )
-        )
+            drafts = self._proposed(plan, batch, hidden_TH, drawn)
+        return _results(plan, drawn, drafts, told)
+
+    def _proposed(
+        self, plan: StepPlan, batch: ForwardBatch, hidden_TH: torch.Tensor, drawn: Sequence[Sequence[Sampled]]
+    ) -> Sequence[tuple[int, ...]]:
+        with self._timed("draft"):
+            tokens = [_tokens(draws) for draws in drawn]
+            return mtp.propose(self.model, self.caches[-1], self._draw, plan, batch, hidden_TH, tokens)
 
     def _verified(self, plan: StepPlan, logits_SV: torch.Tensor) -> list[list[Sampled]]:
-        """Each row's draws up to the first that is not the draft there: the token that row really has next.
+        sites = [row.site(i) for row in plan.rows if row.samples for i in range(row.num_drafts + 1)]
+        draws = iter(self.sampler.sample(sites, logits_SV))
+        return [
+            self._accepted(row, [next(draws) for _ in range(row.num_drafts + 1)] if row.samples else [])
+            for row in plan.rows
+        ]
+
+    def _accepted(self, row: RowPlan, own: list[Sampled]) -> list[Sampled]:
+        """A row's draws up to the first that is not the draft there: the token that the row really has next.
 
         A draw depends on (seed, position) and the logits alone, so these are the tokens of a run without drafts.
         """
-        sites = [row.site(i) for row in plan.rows if row.samples for i in range(row.num_drafts + 1)]
-        draws = iter(self.sampler.sample(sites, logits_SV))
-        out: list[list[Sampled]] = []
-        for row in plan.rows:
-            drafts = row.drafts
-            own = [next(draws) for _ in range(row.num_drafts + 1)] if row.samples else []
-            right = next((i for i, token in enumerate(drafts) if own[i].token != token), row.num_drafts)
-            out.append(own[: right + 1])
-            if self.force_acceptance is not None and drafts:
-                out[-1] = _forced(row, drafts, own, self.force_acceptance)
-        return out
+        drafts = row.drafts
+        right = next((i for i, token in enumerate(drafts) if own[i].token != token), row.num_drafts)
+        if self.force_acceptance is not None and drafts:
+            return _forced(row, drafts, own, self.force_acceptance)
+        return own[: right + 1]
 
     def _draw(self, sites: Sequence[Site], logits_SV: torch.Tensor) -> list[int | None]:
         return [draw.token for draw in self.sampler.sample(sites, logits_SV)]
@@ -120,6 +184,28 @@ class Runner:
         begin = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - begin
+
+
+def _tokens(draws: Sequence[Sampled]) -> tuple[int, ...]:
+    return tuple(draw.token for draw in draws if draw.token is not None)
+
+
+def _results(
+    plan: StepPlan,
+    drawn: Sequence[Sequence[Sampled]],
+    drafts: Sequence[tuple[int, ...]],
+    told: Mapping[int, tuple[TokenLogprob, ...]] | None = None,
+) -> list[RowResult]:
+    return [
+        RowResult(
+            row.request_id,
+            tokens=_tokens(drawn[i]),
+            logprobs=tuple(draw.logprob for draw in drawn[i] if draw.logprob is not None),
+            prompt_logprobs=(told or {}).get(i, ()),
+            drafts=drafts[i],
+        )
+        for i, row in enumerate(plan.rows)
+    ]
 
 
 def _forced(row: RowPlan, drafts: Sequence[int], own: Sequence[Sampled], rate: float) -> list[Sampled]:

@@ -28,12 +28,14 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tritium.cache import PagePool, PrefixCache, SlotPool, pages_for
 from tritium.config import HEAD_TOKENS
 from tritium.core import (
+    AHEAD,
     PAGE_TOKENS,
     Constrain,
     FinishReason,
@@ -50,6 +52,8 @@ from tritium.core import (
 from tritium.draft.proposers import Proposer
 from tritium.sched.reuse import Reuse
 
+MOST_ENDS = 8
+"""Ids that may end a request whose steps are planned ahead."""
 CHUNK_TOKENS = 64
 """Prefill chunks are cut on absolute multiples of this."""
 
@@ -67,7 +71,8 @@ class Limits:
 class Scheduler:
     """Owns the requests from `add` to their end, and gives what they hold back to the pools.
 
-    `plan` and `commit` alternate; `add` and `abort` may come at any time between two calls.
+    `plan` and `commit` alternate, but that `plan_next` may follow a plan before it is committed; `add` and `abort` may
+    come at any time between two calls.
     """
 
     def __init__(
@@ -96,7 +101,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._arrivals = 0
         self._tables: dict[str, tuple[int, ...]] = {}  # Request.pages as tuples, made once a page
-        self._under_way: set[Request] = set()  # in a plan that is not committed
+        self._under_way: Counter[Request] = Counter()  # plans not yet committed that a request is in
 
     @property
     def has_work(self) -> bool:
@@ -154,9 +159,37 @@ class Scheduler:
             budget -= stops[admitted] - admitted.num_computed
         if not stops:
             return None
-        self._under_way = set(stops)
+        self._under_way.update(stops)
         rows = tuple(self._row(request, stop) for request, stop in stops.items())
         return StepPlan(rows, tuple(preempted), self.reuse.cache.take_moves())
+
+    def plan_next(self, plan: StepPlan) -> StepPlan | None:
+        """The step after `plan`, which is under way, where it can be known: every request goes on by the token that
+        `plan` draws, none can join them, and nothing else about the step depends on that token. None otherwise.
+
+        Requests that end by length are left out. One that ends by a token is not known to: its row then comes to
+        nothing (`RowPlan.ends`).
+        """
+        if len(plan.rows) != len(self._running) or (self._waiting and len(self._running) < self.limits.max_num_seqs):
+            return None
+        rows = []
+        for row in plan.rows:
+            request = self._requests.get(row.request_id)
+            if request is None or request not in self._under_way or not _foreseeable(request, row):
+                return None
+            if request.num_tokens + 1 < request.max_total_tokens:
+                rows.append((request, row))
+        if not rows or not self._grow_next([request for request, _ in rows]):
+            return None
+        self._under_way.update(request for request, _ in rows)
+        following = tuple(
+            replace(
+                row, ids=(AHEAD,), start=row.stop, pages=self._table(request), source=None, fold=0, snapshots=(),
+                copy_page=None, ends=_ends(request),
+            )
+            for request, row in rows
+        )  # fmt: skip
+        return StepPlan(following, moves=self.reuse.cache.take_moves())
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Takes in what a step computed. Rows of requests that left since `plan` are passed over.
@@ -164,13 +197,13 @@ class Scheduler:
         An event for each request that has a token, prompt log-probabilities or an end to tell.
         """
         found = {row.request_id: row for row in result.rows}
-        self._under_way = set()
         events = []
         for row in plan.rows:
             request = self._requests.get(row.request_id)
-            if request is None or request.status is not Status.RUNNING:  # aborted; maybe its id came again
+            if request is None or request not in self._under_way:  # gone; maybe its id came again
                 self.reuse.abandon(row)
                 continue
+            self._landed(request)
             event = self._commit_row(request, row, found[row.request_id])
             if event is not None:
                 events.append(event)
@@ -229,8 +262,11 @@ class Scheduler:
         insort(self._waiting, request, key=_order)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        ended_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
         if request.status is Status.RUNNING:
-            self._release(request, keep=reason is not FinishReason.ERROR)
+            # A row that is planned ahead of an end leaves the state as it is.
+            settled = ended_itself or request not in self._under_way
+            self._release(request, keep=reason is not FinishReason.ERROR, settled=settled)
         else:
             _remove(self._waiting, request)
             self.reuse.forget(request)
@@ -241,10 +277,11 @@ class Scheduler:
         request.finish_reason = reason
         request.finished_at = time.monotonic()
 
-    def _release(self, request: Request, *, keep: bool = True) -> None:
-        """Takes a running request off the device."""
+    def _release(self, request: Request, *, keep: bool = True, settled: bool = True) -> None:
+        """Takes a running request off the device. `settled`: its state is that of its last computed token."""
         _remove(self._running, request)
-        self.reuse.release(request, keep=keep, settled=request not in self._under_way)
+        self._under_way.pop(request, None)
+        self.reuse.release(request, keep=keep, settled=settled)
         self._tables.pop(request.id, None)
 
     # ---- planning ---------------------------------------------------------------------------------------------
@@ -282,19 +319,14 @@ class Scheduler:
         drafts = request.drafts if samples else ()
         masked: frozenset[int] = frozenset()
         if samples and len(request.output_ids) < sampling.min_tokens:
-            masked = frozenset(sampling.stop_token_ids)
-            if not sampling.ignore_eos:
-                masked |= request.eos_ids
-        table = self._tables.get(request.id)
-        if table is None or len(table) != len(request.pages):
-            table = self._tables[request.id] = tuple(request.pages)
+            masked = _ends(request)
         assert request.slot is not None
         source, copy_page = self.reuse.start_of(request)
         return RowPlan(
             request_id=request.id,
             ids=request.ids(request.num_computed, stop) + drafts,
             start=request.num_computed,
-            pages=table,
+            pages=self._table(request),
             slot=request.slot,
             samples=samples,
             sampling=sampling,
@@ -313,6 +345,26 @@ class Scheduler:
             snapshots=self.reuse.snapshots(request, request.num_computed, stop),
             copy_page=copy_page,
         )
+
+    def _landed(self, request: Request) -> None:
+        self._under_way[request] -= 1
+        if not self._under_way[request]:
+            del self._under_way[request]
+
+    def _table(self, request: Request) -> tuple[int, ...]:
+        table = self._tables.get(request.id)
+        if table is None or len(table) != len(request.pages):
+            table = self._tables[request.id] = tuple(request.pages)
+        return table
+
+    def _grow_next(self, requests: list[Request]) -> bool:
+        """A page for each request that needs one for the token after the one under way, without preemption."""
+        short = [request for request in requests if len(request.pages) < pages_for(request.num_tokens + 1)]
+        if not self.reuse.make_room(len(short)):
+            return False
+        for request in short:
+            request.pages += self._pages.allocate(1)
+        return True
 
     # ---- committing -------------------------------------------------------------------------------------------
 
@@ -383,6 +435,28 @@ def _remove(queue: list[Request], request: Request) -> None:
 
 def _decodes(request: Request) -> bool:
     return request.num_tokens - request.num_computed == 1
+
+
+def _foreseeable(request: Request, row: RowPlan) -> bool:
+    """Whether the row after `row` depends on its token by nothing but its id."""
+    asked = row.sampling
+    return (
+        row.samples
+        and len(row.ids) == 1
+        and not (row.want_drafts or row.eos_ids or row.snapshots)
+        and asked.logprobs is None
+        and asked.prompt_logprobs is None
+        and not (asked.uses_penalties or asked.logit_bias)
+        and row.constraint is None
+        and len(request.output_ids) + 1 >= asked.min_tokens
+        and len(_ends(request)) <= MOST_ENDS
+    )
+
+
+def _ends(request: Request) -> frozenset[int]:
+    """Ids that end a request that has its min_tokens."""
+    stops = frozenset(request.sampling.stop_token_ids)
+    return stops if request.sampling.ignore_eos else stops | request.eos_ids
 
 
 def _chunk_stop(request: Request, budget: int) -> int:

@@ -7,6 +7,7 @@ the meta device, where `recorded` notes what would be launched, for the compile 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -59,6 +60,18 @@ class _Recording:
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+@contextmanager
+def compiled_ahead(workers: int) -> Iterator[None]:
+    """Launchers called within compile their kernels, side by side, and run none; all are ready at the end."""
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+        token = _compiling.set(True)
+        try:
+            yield
+        finally:
+            _compiling.reset(token)
 
 
 @contextmanager
@@ -100,6 +113,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: int = PDL_O
         return
     if pdl:
         options["launch_pdl"] = True
+    if _compiling.get():
+        kernel.warmup(*arguments, grid=grid, pdl=pdl, **options)
+        return
     kernel[grid](*arguments, pdl=pdl, **options)
 
 
