@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import delta_net_steps
 import kernel_lane
 
 CASES = [
@@ -40,6 +41,22 @@ def test_on_the_device(op, dims, dtype, seed: int) -> None:  # type: ignore[no-u
 @pytest.mark.parametrize(("op", "dims", "dtype"), CASES)
 def test_in_the_interpreter(op, dims, dtype, seed: int) -> None:  # type: ignore[no-untyped-def]
     check(op, dims, dtype, seed)
+
+
+STEPS = pytest.mark.parametrize(("graphs", "most"), [(False, 3), (True, 3), (True, 0)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@STEPS
+def test_delta_net_over_steps_on_the_device(graphs, most, seed: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    delta_net_steps.check(seed, graphs, most, "cuda", monkeypatch)
+
+
+@pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the test below")
+@STEPS
+def test_delta_net_over_steps_in_the_interpreter(graphs, most, seed: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    delta_net_steps.check(seed, graphs, most, "cpu", monkeypatch)
 
 
 @pytest.mark.skipif(kernel_lane.INTERPRETED, reason="this starts the interpreter")
