@@ -56,7 +56,8 @@ class Edits:
     """presence_penalty + frequency_penalty · count of a token that was generated, inf for a banned one, else 0."""
 
 
-def _edited(logits_SV: torch.Tensor, edits: Edits) -> torch.Tensor:
+def edited(logits_SV: torch.Tensor, edits: Edits) -> torch.Tensor:
+    """A copy. Waits for nothing: the same on every device."""
     x_SV = logits_SV.to(wide(logits_SV.dtype), copy=True)
     x_E = x_SV[edits.row_E, edits.id_E].double() + edits.bias_E
     x_E = torch.where(x_E > 0, x_E / edits.repetition_E, x_E * edits.repetition_E) - edits.minus_E
@@ -159,9 +160,9 @@ def reference(
 
     `allowed_SW`: int32, bit t % 32 of word t / 32 says whether token t may be drawn.
     """
-    _check_vocabulary(logits_SV)
+    check_vocabulary(logits_SV)
     if edits is not None:
-        logits_SV = _edited(logits_SV, edits)
+        logits_SV = edited(logits_SV, edits)
     if allowed_SW is not None:
         bit_32 = torch.arange(32, dtype=torch.int32, device=allowed_SW.device)
         banned_SV = ((allowed_SW[:, :, None] >> bit_32) & 1).flatten(1)[:, : logits_SV.shape[-1]] == 0
@@ -180,7 +181,7 @@ def logprobs_reference(
     *, logits_SV: torch.Tensor, token_S: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logprob_S float32, rank_S from 1, top_SK ids best first, top_logprob_SK float32), K = min(k, V)."""
-    _check_vocabulary(logits_SV)
+    check_vocabulary(logits_SV)
     parts = zip(logits_SV.split(_rows(logits_SV)), token_S.split(_rows(logits_SV)), strict=True)
     columns = zip(*(_logprobs(x_SV, t_S, k) for x_SV, t_S in parts), strict=True)
     logprob_S, rank_S, top_SK, top_logprob_SK = (torch.cat(column) for column in columns)
@@ -204,7 +205,7 @@ def _rows(logits_SV: torch.Tensor) -> int:
     return max(1, _SLICE // logits_SV.shape[-1])
 
 
-def _check_vocabulary(logits_SV: torch.Tensor) -> None:
+def check_vocabulary(logits_SV: torch.Tensor) -> None:
     if logits_SV.shape[-1] > _LAST_ID + 1:
         raise ValueError(f"a vocabulary of {logits_SV.shape[-1]}; sampling handles at most {_LAST_ID + 1}")
 
@@ -253,5 +254,5 @@ LOGPROBS_SPEC = OpSpec(
     dtypes=(torch.float32,),
 )
 
-sample = Op(SPEC, reference)
-logprobs = Op(LOGPROBS_SPEC, logprobs_reference)
+sample = Op(SPEC, reference, "sampling:sample")
+logprobs = Op(LOGPROBS_SPEC, logprobs_reference, "sampling:logprobs")
