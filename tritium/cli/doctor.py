@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
+@click.option("--compile", "arches", metavar="ARCHES", help="Compile every kernel as the family launches it for these "
+              "chips (gfx1151,sm_90,... or all), which need not be here, and report; 1 if one breaks a limit.")
+@click.option("--models", metavar="NAMES", help="With --compile: members of the family, separated by commas.")
 @options.engine_flags
-def doctor(**flags: Any) -> int:
+def doctor(arches: str | None, models: str | None, **flags: Any) -> int:
     """Report the machine, the ops, the memory plan of a model, and problems (then the exit code is 1)."""
+    if arches:
+        return compile_matrix(arches.split(","), models.split(",") if models else None, progress=not flags["quiet"])
     config = options.engine_config(flags)
 
     from importlib.metadata import version
@@ -50,6 +55,31 @@ def doctor(**flags: Any) -> int:
     for problem in problems:
         click.echo(f"  {problem.message}\n    hint: {problem.hint}")
     return int(bool(problems))
+
+
+def compile_matrix(arches: list[str], models: list[str] | None, *, progress: bool) -> int:
+    """A row for each kernel in each configuration on stdout; 1 when one violates a limit, 0 otherwise."""
+    from importlib.util import find_spec
+
+    from tqdm import tqdm
+
+    from tritium.bench import matrix
+    from tritium.hw import NAMED, named
+
+    if find_spec("triton") is None:
+        raise ConfigError("--compile needs Triton, which is not installed", hint="pip install triton")
+    arches = list(NAMED) if arches == ["all"] else [named(arch).arch for arch in arches]
+    click.echo(matrix.HEADER)
+    done = wrong = 0
+    bar = tqdm(unit="kernel", disable=not progress)
+    for bar.total, found in matrix.run(arches, models or matrix.MODELS):
+        done, wrong = done + 1, wrong + bool(found.violations)
+        bar.clear()
+        click.echo(matrix.line(found))
+        bar.update()
+    bar.close()
+    click.echo(f"{done} kernels in their configurations, {wrong} in violation")
+    return int(bool(wrong))
 
 
 def machine(target: Target) -> str:

@@ -1,0 +1,131 @@
+"""The compile matrix: what it must catch, and that what ships passes it, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from tritium.bench import matrix
+from tritium.hw import NAMED, named
+from tritium.ops.kernels.launch import launch, recorded
+from tritium.ops.kernels.matrix import Compiled, Job, compile_all, occupancy, violations
+
+STEPS = (matrix.Step(decode=1), matrix.Step(decode=8, drafts=3), matrix.Step(decode=8, prefill=504))
+
+
+@triton.jit
+def _product(a, b, c, K, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, pdl: tl.constexpr):
+    """c = a b, K columns of a in steps of BLOCK."""
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK)
+    out = tl.zeros((M, N), tl.float32)
+    for at in range(0, K, BLOCK):
+        x = tl.load(a + m[:, None] * K + at + k)
+        y = tl.load(b + (at + k)[:, None] * N + n)
+        if DOT:
+            out = tl.dot(x, y, out)
+        else:
+            out += tl.sum(x[:, :, None].to(tl.float32) * y[None].to(tl.float32), 1)
+    tl.store(c + m[:, None] * N + n, out)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def product(dtype: torch.dtype = torch.bfloat16, m: int = 64, n: int = 64, block: int = 64, **options: Any) -> None:
+    a, b, c = meta(m, 1024, dtype=dtype), meta(1024, n, dtype=dtype), meta(m, n, dtype=torch.float32)
+    launch(_product, (1,), a, b, c, 1024, M=m, N=n, BLOCK=block, **{"DOT": True, "num_warps": 4, **options})
+
+
+def compiled(call: Callable[[], None], arch: str, cache: Path | None = None) -> Compiled:
+    with recorded(arch) as found:
+        call()
+    (one,) = compile_all([Job.of(each, arch) for each in found], workers=1, cache=cache)
+    return one
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942", "gfx1151", "gfx1201"])
+def test_a_product_that_fits_is_clean_and_uses_the_matrix_unit(arch: str) -> None:
+    found = compiled(product, arch)
+    assert found.violations == ()
+    assert any(word in found.dots for word in ("wgmma", "mma.sync", "wmma", "mfma")), found.dots
+    assert found.registers > 16
+    assert found.spills == 0
+    assert 0 < found.occupancy <= 1
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx1151"])
+def test_a_spill_is_caught(arch: str) -> None:
+    found = compiled(lambda: product(m=128, n=128, block=32, num_warps=1, num_stages=1), arch)
+    assert found.spills > 0
+    assert found.violations == (f"spills {found.spills}",)
+
+
+def test_too_much_shared_memory_is_caught_where_it_is_too_much() -> None:
+    call = lambda: product(m=128, block=128, num_stages=4, num_warps=8)  # noqa: E731
+    found = {arch: compiled(call, arch) for arch in ("sm_90", "sm_120", "gfx1151")}
+    assert found["sm_90"].violations == ()
+    for arch in ("sm_120", "gfx1151"):
+        there = named(arch).shared_memory_per_workgroup
+        assert found[arch].violations == (f"{found[arch].shared} bytes of shared memory, {there} are there",)
+
+
+def test_a_product_without_the_matrix_unit_is_caught() -> None:
+    """8 rows are too few for CDNA's; float32 is nothing that must use it."""
+    (violation,) = compiled(lambda: product(m=8, n=16, block=16), "gfx942").violations
+    assert "without a matrix instruction" in violation
+    exact = compiled(lambda: product(torch.float32, m=16, n=16, block=16), "gfx1151")
+    assert (exact.dots, exact.violations) == ("", ())
+
+
+def test_a_kernel_that_does_not_compile_is_caught() -> None:
+    found = compiled(lambda: product(block=8), "sm_90")
+    assert "does not compile" in found.violations[0]
+
+
+def test_what_numbers_can_tell() -> None:
+    fine = Compiled("gfx1151", "gdn_chunk._x", "", 4, 2, 100, 0, 1024, 0.5)
+    assert violations(fine, named("gfx1151")) == []
+    assert violations(replace(fine, seconds=61.0), named("gfx1151")) == ["compiles for 61 s, 60 are allowed"]
+    deep = replace(fine, num_stages=3)
+    assert violations(deep, named("gfx1151")) == ["num_stages 3 of a recurrence, 2 on RDNA at most"]
+    assert violations(deep, named("gfx942")) == violations(replace(deep, kernel="linear._few"), named("gfx1151")) == []
+
+
+def test_results_are_kept_and_judged_again(tmp_path: Path) -> None:
+    call = lambda: product(m=128, block=128, num_stages=4, num_warps=8)  # noqa: E731
+    first = compiled(call, "sm_120", tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    assert compiled(call, "sm_120", tmp_path) == first
+    assert first.violations
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "share"),
+    [
+        ("sm_90", 64, 0, 4, 0.5),
+        ("sm_90", 32, 100 << 10, 4, 8 / 64),
+        ("gfx1151", 96, 0, 4, 1.0),
+        ("gfx1151", 256, 0, 4, 20 / 64),
+        ("gfx1151", 97, 64 << 10, 8, 16 / 64),
+        ("gfx942", 128, 0, 4, 0.5),
+        ("gfx942", 512, 64 << 10, 4, 4 / 32),
+        ("sm_120", 255, 0, 16, 0.0),
+    ],
+)
+def test_occupancy(arch: str, registers: int, shared: int, warps: int, share: float) -> None:
+    assert occupancy(arch, registers=registers, shared=shared, num_warps=warps) == share
+
+
+def test_the_table_of_chips_is_whole() -> None:
+    assert all(occupancy(arch, registers=32, shared=0, num_warps=4) == 1 for arch in NAMED)

@@ -1,0 +1,143 @@
+"""The compile matrix: every kernel that the family launches, in every shipped configuration, for chips not here.
+
+A network of one GDN and one attention layer with tensors of the meta device goes through steps of every kind; what it
+would launch is recorded and compiled. So nothing is listed by hand, and nothing can be forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tritium.core import ConfigError
+from tritium.hw.host import available_cores
+from tritium.models.config import FULL, LINEAR, parse_config
+from tritium.models.decoder import Decoder, allocate_caches
+from tritium.models.families import FAMILY, family_config
+from tritium.models.parameters import parameter_shapes
+from tritium.nn.batch import ForwardBatch
+from tritium.ops.sampling import Edits, logprobs, sample
+from tritium.ops.spans import SHORT, Spans
+
+if TYPE_CHECKING:
+    from tritium.ops.kernels.launch import Launch
+    from tritium.ops.kernels.matrix import Compiled
+
+MODELS = ("qwen3.5-0.8b", "qwen3.5-4b", "qwen3.5-27b", "qwen3.5-35b-a3b")
+CACHE = Path.home() / ".cache" / "tritium" / "matrix"
+_META = torch.device("meta")
+_PAGES, _SLOTS, _DRAFTS, _POSITIONS = 4096, 64, 3, 4096
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kind of step: `decode` rows of 1 + `drafts` tokens, then a prompt's chunk of `prefill` tokens."""
+
+    decode: int = 0
+    drafts: int = 0
+    prefill: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"decode {self.decode} x {1 + self.drafts}"] if self.decode else []
+        return " + ".join(parts + ([f"prefill {self.prefill}"] if self.prefill else []))
+
+    def batch(self) -> ForwardBatch:
+        rows = self.decode + bool(self.prefill)
+        tail = (self.prefill,) if self.prefill else ()
+        lengths = (1 + self.drafts,) * self.decode + tail
+        spans = Spans(
+            lengths=lengths,
+            contexts=(1000,) * self.decode + (1024,) * bool(tail),
+            slots=tuple(range(1, rows + 1)),
+            pages=(tuple(range(1, 64)),) * rows,
+            device=_META,
+            sources=tuple(range(2, rows + 2)),
+            folds=(self.drafts,) * self.decode + (0,) * bool(tail),
+            drafts=(self.drafts,) * self.decode + (0,) * bool(tail),
+            snapshots=((),) * self.decode + (((1024 + self.prefill // 2, 60), (1023 + self.prefill, 61)),) * bool(tail),
+        )
+        draws = list(range(spans.num_tokens - self.prefill)) + [spans.num_tokens - 1] * bool(tail)
+        return ForwardBatch(spans.tensor([0] * spans.num_tokens), spans, spans.tensor(draws))
+
+
+STEPS = (
+    Step(decode=1), Step(decode=8), Step(decode=32), Step(decode=1, drafts=_DRAFTS), Step(decode=8, drafts=_DRAFTS),
+    Step(prefill=SHORT + 1), Step(prefill=2048), Step(decode=8, prefill=504),
+)  # fmt: skip
+
+
+def launches(model: str, arch: str, steps: Sequence[Step] = STEPS) -> Iterator[tuple[str, Launch]]:
+    """(step in words, launch) of everything that `model` launches on `arch`."""
+    from tritium.ops.kernels.launch import recorded
+
+    raw = family_config(model)
+    if raw is None:
+        raise ConfigError(f"{model} is not a model of the family", hint=", ".join(FAMILY))
+    config = replace(parse_config(raw), layer_types=(LINEAR, FULL))
+    dtypes = {"matrix": torch.bfloat16, "vector": torch.float32}
+    parameters = {
+        name: torch.empty(spec.shape, dtype=dtypes[spec.role], device=_META)
+        for name, spec in parameter_shapes(config).items()
+    }
+    decoder = Decoder(parameters, config, _POSITIONS)
+    caches = allocate_caches(config, pages=_PAGES, slots=_SLOTS, dtype=torch.bfloat16, device=_META, drafts=_DRAFTS)
+    for step in steps:
+        with recorded(arch) as found:
+            _run(decoder, caches, step.batch())
+        yield from ((str(step), launch) for launch in found)
+
+
+def _run(decoder: Decoder, caches: list[Any], batch: ForwardBatch) -> None:
+    """What the runner does in a step, with every feature of the sampler."""
+    hidden_TH = decoder.forward(batch, caches)
+    logits_SV = decoder.logits(hidden_TH[batch.draws_S])
+    draws, vocab = logits_SV.shape
+
+    def column(dtype: torch.dtype, size: int = draws) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=_META)
+
+    whole, real = torch.int64, torch.float64
+    edits = Edits(column(whole, 40), column(whole, 40), column(real, 40), column(real, 40), column(real, 40))
+    allowed_SW = torch.empty(draws, -(-vocab // 32), dtype=torch.int32, device=_META)
+    for edited, allowed in ((None, None), (edits, allowed_SW)):
+        sample(
+            logits_SV=logits_SV, temperature_S=column(real), top_k_S=column(whole), top_p_S=column(real),
+            min_p_S=column(real), seed_S=column(whole), position_S=column(whole), edits=edited, allowed_SW=allowed,
+        )  # fmt: skip
+    logprobs(logits_SV=logits_SV, token_S=column(whole), k=20)
+    if decoder.mtp is not None:
+        decoder.draft_hidden(hidden_TH, batch.ids_T, replace(batch.spans, drafts=(), snapshots=()), caches[-1])
+
+
+_COLUMNS = "{:<8} {:<34} {:>5} {:>6} {:>5} {:>6} {:>8} {:>5} {:>6}  {}"
+HEADER = _COLUMNS.format(
+    "target", "kernel", "warps", "stages", "regs", "spills", "shared", "occ", "s", "matrix instructions, configuration"
+)
+
+
+def line(found: Compiled) -> str:
+    """One row below `HEADER`."""
+    cells = (found.arch, found.kernel, found.num_warps, found.num_stages, found.registers, found.spills, found.shared,
+             f"{found.occupancy:.0%}", f"{found.seconds:.1f}", f"{found.dots or '-'}  {found.settings}")  # fmt: skip
+    wrong = "".join(f"\n         ! {violation}" for violation in found.violations)
+    return _COLUMNS.format(*cells) + wrong
+
+
+def run(
+    arches: Sequence[str], models: Sequence[str] = MODELS, steps: Sequence[Step] = STEPS, *, cache: Path | None = CACHE
+) -> Iterator[tuple[int, Compiled]]:
+    """(how many there are in all, one of them) as they are done."""
+    from tritium.ops.kernels.matrix import Job, compile_all
+
+    jobs = {}
+    for arch in arches:
+        for model in models:
+            for _, launch in launches(model, arch, steps):
+                job = Job.of(launch, arch)
+                jobs[job.key] = job
+    for found in compile_all(jobs.values(), workers=available_cores(), cache=cache):
+        yield len(jobs), found
