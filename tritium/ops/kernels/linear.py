@@ -2,7 +2,8 @@
 
 One row: vector units; a program takes whole rows of the weight, so a step reads it once, in order, without a reduction
 between programs. A few rows: tensor cores with the weight's rows as the M side and the tokens as N.
-The norm of one row is free: (1 + n) goes onto x before the product, the rsqrt onto the sum after it.
+The norm of one row is free: (1 + n) goes onto x before the product, the rsqrt onto the sum after it. For a few rows that
+reads x as float32 in every program, which pays while these are few bytes beside the weight's: a launch parameter.
 
 Shapes: M tokens, N results of a token, K inputs; a gated weight has 2 N rows, gate first.
 """
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from tritium.ops.kernels.launch import exact_dot, launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.launch import launch, parameters, release_next, target_of, wait_for_inputs
 from tritium.ops.kernels.mlp import silu, silu_mul
 from tritium.ops.kernels.norm import rms_norm
 
@@ -56,7 +57,7 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
     n = first + r
-    gate = w + first.to(tl.int64) * K + r[:, None] * K + c[None, :]
+    gate = (w + first.to(tl.int64) * K + c)[None, :] + (r * K)[:, None]
     up = gate + N * K
     gate_tile = _weights(gate, n, c, N, K, EVEN)
     gate_sum = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
@@ -64,14 +65,14 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
         up_tile = _weights(up, n, c, N, K, EVEN)
         up_sum = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
     if NORM:
-        squares = tl.zeros([1, COLUMNS // 8], tl.float32)
+        squares = tl.zeros([COLUMNS], tl.float32)
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
     for k in tl.range(0, LAST, COLUMNS):
         value = _column(x, k + c, K, True)
         if NORM:
-            squares += _by_eights((value * value)[None, :], 1, COLUMNS)
+            squares += value * value
             value = value * (1.0 + _column(norm, k + c, K, True))
         next_gate = _weights(gate + k + COLUMNS, n, k + COLUMNS + c, N, K, EVEN)
         if GATED:
@@ -83,7 +84,7 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
             up_tile = next_up
     value = _column(x, LAST + c, K, EVEN)
     if NORM:
-        squares += _by_eights((value * value)[None, :], 1, COLUMNS)
+        squares += value * value
         value = value * (1.0 + _column(norm, LAST + c, K, EVEN))
     gate_sum += _by_eights(gate_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
     if GATED:
@@ -104,7 +105,7 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
 @triton.jit
 def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
          VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
-         RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+         RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """VALID results of every token, from a tile of ROWS rows of the weight (gated: one half gate, the other up)."""
     OUT: tl.constexpr = ROWS // 2 if GATED else ROWS
     FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
@@ -143,7 +144,7 @@ def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.const
             value = value.to(tl.float32)
             squares += _by_eights(value * value, TOKENS, DEPTH)
             value = (value * (1.0 + _column(norm, k + c, K, EVEN))[None, :]).to(weight.dtype)
-        total = tl.dot(weight, tl.trans(value), total, input_precision=PRECISION)
+        total = tl.dot(weight, tl.trans(value), total, input_precision="ieee")
     release_next(pdl)
     if NORM:
         total = total * tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[None, :]
@@ -197,7 +198,6 @@ def linear(
         sizes = {
             "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), triton.next_power_of_2(M)),
             "DEPTH": max(16, depth // 4) if w_JK.dtype == torch.float32 else depth,
-            "PRECISION": exact_dot(w_JK.dtype),
         }  # fmt: skip
     launch(
         kernel, (grid,), w_JK, x_MK, w_JK if norm_K is None else norm_K, w_JK if residual_MN is None else residual_MN,
