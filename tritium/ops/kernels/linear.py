@@ -2,8 +2,8 @@
 
 One row: vector units; a program takes whole rows of the weight, so a step reads it once, in order, without a reduction
 between programs. A few rows: tensor cores with the weight's rows as the M side and the tokens as N.
-The norm of one row is free: (1 + n) goes onto x before the product, the rsqrt onto the sum after it. For a few rows that
-reads x as float32 in every program, which pays while these are few bytes beside the weight's: a launch parameter.
+The norm of one row is free: (1 + n) goes onto x before the product, the rsqrt onto the sum after it. With a few rows
+every program then reads x as float32, which pays while that is little beside its weights: a launch parameter.
 
 Shapes: M tokens, N results of a token, K inputs; a gated weight has 2 N rows, gate first.
 """
