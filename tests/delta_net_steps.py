@@ -49,7 +49,7 @@ def check(seed: int, graphs: bool, most: int, device: str, monkeypatch: pytest.M
 
     weights = {"conv_CW": noise(CHANNELS, 4), "A_log_N": noise(NV), "dt_bias_N": noise(NV), "norm_V": noise(DV)}
     shapes = {"state": (NV, DK, DV), "conv": (4 + most, CHANNELS), "pending": (most, NV * (DK + DV + 2))}
-    pools = {name: torch.full((3 * ROWS + 1, *shape), float("nan")) for name, shape in shapes.items()}
+    pools = {name: torch.full((4 * ROWS + 1, *shape), float("nan")) for name, shape in shapes.items()}
     on_device: dict[str, Any] = {name: x.to(device, copy=True) for name, x in {**weights, **pools}.items()}
     at, fold, source = [0] * ROWS, [0] * ROWS, [r + 1 for r in range(ROWS)]
     for _ in range(STEPS):
@@ -60,8 +60,9 @@ def check(seed: int, graphs: bool, most: int, device: str, monkeypatch: pytest.M
         spare = [ROWS + 1 + 2 * r + (source[r] == ROWS + 1 + 2 * r) for r in rows]  # not the slot that it comes from
         snapshots = [((at[r] + rng.randint(1, n), slot),) if rng.random() < 0.4 else ()
                      for r, n, slot in zip(rows, sure, spare)]  # fmt: skip
+        slots = [r + 1 + rng.randint(0, 1) * 3 * ROWS for r in rows]
         spans = Spans(
-            tuple(s + d for s, d in zip(sure, drafts)), tuple(at[r] for r in rows), tuple(r + 1 for r in rows),
+            tuple(s + d for s, d in zip(sure, drafts)), tuple(at[r] for r in rows), tuple(slots),
             ((1,),) * len(rows), CPU, tuple(source[r] for r in rows), tuple(fold[r] for r in rows), tuple(drafts),
             tuple(snapshots),
         )  # fmt: skip
@@ -81,7 +82,7 @@ def check(seed: int, graphs: bool, most: int, device: str, monkeypatch: pytest.M
         torch.testing.assert_close(y_TM, expected, rtol=2e-4, atol=2e-5)
         for name, pool in pools.items():
             torch.testing.assert_close(on_device[name].cpu()[1:], pool[1:], rtol=2e-4, atol=2e-5, equal_nan=True)
-        for r, s, d, taken in zip(rows, sure, drafts, snapshots):
+        for r, s, d, slot, taken in zip(rows, sure, drafts, slots, snapshots):
             fold[r] = rng.randint(0, d)
             at[r] += s + fold[r]
-            source[r] = taken[0][1] if taken and not fold[r] and taken[0][0] == at[r] else r + 1
+            source[r] = taken[0][1] if taken and not fold[r] and taken[0][0] == at[r] else slot

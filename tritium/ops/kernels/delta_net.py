@@ -170,14 +170,14 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, start
         for back in tl.static_range(3, 0, -1):
             at = context - back
             qk, v = (qk3, v3) if back == 3 else ((qk2, v2) if back == 2 else (qk1, v1))
-            if (source != slot) & (at >= 0) & (at >= context + length - G):
+            if (source != slot) & (at >= 0):
                 _keep(ring, slot, at, qk_at, v_at, qk, v, first, G, C)
             if snaps & (at >= 0) & (at >= snap - 3):
                 _keep(ring, to_snap, at, qk_at, v_at, qk, v, first, G, C)
 
     for i in range(length if TOKENS > 1 else 1):
         position = context + i
-        if RING and there & (i >= length - G):
+        if RING and there:
             _keep(ring, slot, position, qk_at, v_at, qk0, v0, first, G, C)
         if snaps & (position >= snap - 3) & (position < snap):
             _keep(ring, to_snap, position, qk_at, v_at, qk0, v0, first, G, C)
