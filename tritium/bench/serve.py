@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,17 +21,29 @@ def run(url: str, *, concurrency: Sequence[int], prompt: int = 512, tokens: int 
         model: str | None = None, api_key: str | None = None, ignore_eos: bool = True, allow_remote: bool = False,
         seed: int = 0, limit: float = 600.0) -> Iterator[dict[str, Any]]:
     """A number of clients at a time, each of which asks `each` times, one after the other, for `tokens` tokens after
-    a prompt of `prompt` random ids of its own. Latencies in seconds as {p50, p90, p99, max}."""
+    a prompt of `prompt` random ids of its own. Latencies in seconds as {p50, p90, p99, max}; of Tritium's own server
+    also what it spends in each phase of a step."""
     model = model or _first_model(url, api_key)
     draw = random.Random(seed)
     for clients in concurrency:
         prompts = [tuple(draw.choices(_IDS, k=prompt)) for _ in range(clients * each)]
         load = Load(prompts=prompts, clients=clients, requests=len(prompts), max_tokens=tokens, ignore_eos=ignore_eos,
                     model=model, api_key=api_key, allow_remote=allow_remote, seconds=limit, seed=seed)
-        report = dataclasses.asdict(run_load(url, load))
+        before = _steps(url)
+        report, after = dataclasses.asdict(run_load(url, load)), _steps(url)
+        steps = after.pop("", 0.0) - before.pop("", 0.0)
         kept = ("clients", "completed", "errors", "first_error", "seconds", "output_tokens", "tokens_per_second",
                 "ttft", "tpot", "itl")
-        yield {"model": model, "prompt": prompt, "tokens": tokens} | {name: report[name] for name in kept}
+        yield {"model": model, "prompt": prompt, "tokens": tokens} | {name: report[name] for name in kept} | {
+            "step_us": {phase: 1e6 * (value - before[phase]) / steps for phase, value in after.items() if steps}
+        }
+
+
+def _steps(url: str) -> dict[str, float]:
+    """Seconds in steps so far by phase, and under "" the number of steps; empty of another server."""
+    page = httpx.get(f"{url.rstrip('/')}/metrics", timeout=10).text
+    found = re.findall(r'^tritium_step(?:s|_seconds)_total(?:{phase="(.*)"})? (.+)$', page, re.MULTILINE)
+    return {phase: float(value) for phase, value in found}
 
 
 def _first_model(url: str, api_key: str | None) -> str:

@@ -12,12 +12,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 from tritium.config import EngineConfig
 from tritium.core import TritiumError
 
+_PHASES = {
+    "plan": ("tritium.engine.engine", "plan_memory"),
+    "weights": ("tritium.models.checkpoint", "load_parameters"),
+    "pools": ("tritium.models.decoder", "allocate_caches"),
+    "kernels": ("tritium.runner.runner:Runner", "compile"),
+    "self_test": ("tritium.engine.selftest", "attest"),
+    "graphs": ("tritium.runner.runner:Runner", "capture"),
+}
+"""What `Engine.load` calls, by the name of the phase."""
 _BEGAN = "TRITIUM_BENCH_BEGAN"
 
 
@@ -37,33 +47,53 @@ def run(config: EngineConfig, *, starts: int = 2, requests: int = 10, prompt: in
 
 
 def main() -> None:
-    """Phases in seconds: imports and load (with its parts where the engine tells them), the first token since the
-    process was asked for, and each request's time to its first token, one request at a time."""
+    """Phases in seconds: imports, load and its parts, the first token since the process was asked for, and each
+    request's time to its first token, one request at a time."""
     began = float(os.environ[_BEGAN])
     asked = json.loads(sys.stdin.read())
 
     import torch
 
-    if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")
+    def settle() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    settle()
     from tritium.bench.decode import first_token
     from tritium.engine import Engine
 
+    phases = {name: _watched(*place, settle) for name, place in _PHASES.items()}
     imported = time.time()
     engine = Engine.load(EngineConfig(**asked["config"]))
     loaded = time.time()
     ttft = [first_token(engine, asked["prompt"], seed=i) for i in range(asked["requests"])]
-    graphs = getattr(engine.runner, "graphs", None)
     print(json.dumps({
         "imports": imported - began,
         "load": loaded - imported,
-        **{f"load_{phase}": seconds for phase, seconds in getattr(engine, "load_seconds", {}).items()},
-        **({"capture": graphs.capture_seconds} if graphs is not None else {}),
+        **{name: sum(seconds) for name, seconds in phases.items()},
         "to_first_token": loaded - began + ttft[0],
         "ttft_first": ttft[0],
         "ttft_last": ttft[-1],
         "ttft": ttft,
     }))  # fmt: skip
+
+
+def _watched(place: str, name: str, settle: Callable[[], None]) -> list[float]:
+    """Seconds of each call of a function that is looked up by `name` when it is called."""
+    module, _, of = place.partition(":")
+    owner = import_module(module)
+    owner = getattr(owner, of) if of else owner
+    called, seconds = getattr(owner, name), list[float]()
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        begin = time.perf_counter()
+        result = called(*arguments, **options)
+        settle()
+        seconds.append(time.perf_counter() - begin)
+        return result
+
+    setattr(owner, name, timed)
+    return seconds
 
 
 if __name__ == "__main__":
