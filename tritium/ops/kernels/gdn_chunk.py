@@ -214,8 +214,10 @@ def _keep(x, x_stride, ring, rows, segments, channels, WIDTH: tl.constexpr, RING
 
 @triton.jit
 def _advance(state, qk, w, v, decay, fade, h, rows, segments, N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
-             DV: tl.constexpr, values: tl.constexpr, stages: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """The states of a row, one value head and `values` of its dv: chunk after chunk."""
+             DV: tl.constexpr, values: tl.constexpr, stages: tl.constexpr, from_registers: tl.constexpr,
+             pdl: tl.constexpr):  # fmt: skip
+    """The states of a row, one value head and `values` of its dv: chunk after chunk. They are the left factors of the
+    products, `from_registers`, or the right ones, where the other factors would be more than the registers hold."""
     pieces: tl.constexpr = DV // values
     head, row = tl.program_id(0) // pieces, rows + tl.program_id(1) * 5
     e = (tl.program_id(0) % pieces) * values + tl.arange(0, values)
@@ -237,12 +239,18 @@ def _advance(state, qk, w, v, decay, fade, h, rows, segments, N: tl.constexpr, N
             tl.store(in_h + base * DV * DK, s_low)
             w_tile = tl.load(in_w + base * C64 * DK)
             u_tile = tl.load(in_v + base * DV * C64).to(tl.float32)
-            new = u_tile - tl.dot(s_low, tl.trans(w_tile), input_precision="ieee")
+            if from_registers:
+                new = u_tile - tl.dot(s_low, tl.trans(w_tile), input_precision="ieee")
+            else:
+                new = u_tile - tl.trans(tl.dot(w_tile, tl.trans(s_low), input_precision="ieee"))
             tl.store(in_v + base * DV * C64, new.to(v.dtype.element_ty))
             faded = (new * tl.load(fade + base * C64 + t)[None, :]).to(v.dtype.element_ty)
             k_tile = tl.load(in_k + (chunk * 2 * NK + NK + head // (N // NK)) * C64 * DK)
             s = s * tl.exp(tl.load(decay + base * C64 + C64 - 1).to(tl.float32))
-            s = tl.dot(faded, k_tile, s, input_precision="ieee")
+            if from_registers:
+                s = tl.dot(faded, k_tile, s, input_precision="ieee")
+            else:
+                s = tl.trans(tl.dot(tl.trans(k_tile), tl.trans(faded), tl.trans(s), input_precision="ieee"))
         slot = tl.load(segments + segment * 4 + 2).to(tl.int64)
         tl.store(in_pool + (slot * N + head) * DK * DV, s.to(state.dtype.element_ty))
     release_next(pdl)
@@ -250,20 +258,25 @@ def _advance(state, qk, w, v, decay, fade, h, rows, segments, N: tl.constexpr, N
 
 @triton.jit
 def _outputs(qk, v, h, decay, z, z_stride, norm, eps, y, chunks, N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
-             DV: tl.constexpr, GATED: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+             DV: tl.constexpr, GATED: tl.constexpr, keys: tl.constexpr, stages: tl.constexpr,
+             pdl: tl.constexpr):  # fmt: skip
     """y of one chunk and value head: from the state before it and from its own tokens, then the gated norm."""
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    t, d, e = tl.arange(0, C64), tl.arange(0, DK), tl.arange(0, DV)
-    base, group = chunk * N + head, head // (N // NK)
+    base = chunk * N + head
+    t, d, e = tl.arange(0, C64), tl.arange(0, keys), tl.arange(0, DV)
     wait_for_inputs(pdl)
-    q = tl.load(qk + ((chunk * 2 * NK + group) * C64 + t[:, None]) * DK + d[None, :])
-    k = tl.load(qk + ((chunk * 2 * NK + NK + group) * C64 + t[:, None]) * DK + d[None, :])
+    in_q = qk + (chunk * 2 * NK + head // (N // NK)) * C64 * DK + t[:, None] * DK + d[None, :]
+    in_h = h + (base * DV + e[:, None]) * DK + d[None, :]
+    weights, o = tl.zeros((C64, C64), tl.float32), tl.zeros((C64, DV), tl.float32)
+    for piece in tl.range(DK // keys, num_stages=stages):
+        q, k = tl.load(in_q + piece * keys), tl.load(in_q + NK * C64 * DK + piece * keys)
+        weights = tl.dot(q, tl.trans(k), weights, input_precision="ieee")
+        o = tl.dot(q, tl.trans(tl.load(in_h + piece * keys)), o, input_precision="ieee")
     total = tl.load(decay + base * C64 + t)
     seen = t[:, None] >= t[None, :]
     gap = tl.where(seen, (total[:, None] - total[None, :]).to(tl.float32), 0.0)
-    weights = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * tl.exp(gap), 0.0).to(v.dtype.element_ty)
-    s = tl.load(h + (base * DV + e[:, None]) * DK + d[None, :])
-    o = tl.dot(q, tl.trans(s), input_precision="ieee") * tl.exp(total.to(tl.float32))[:, None]
+    weights = tl.where(seen, weights * tl.exp(gap), 0.0).to(v.dtype.element_ty)
+    o *= tl.exp(total.to(tl.float32))[:, None]
     new = tl.load(v + (base * DV + e[:, None]) * C64 + t[None, :])
     o = tl.dot(weights, tl.trans(new), o, input_precision="ieee")
     token = (tl.load(chunks + chunk * 5) + t).to(tl.int64)[:, None]
@@ -356,7 +369,9 @@ def _run(plan: Plan, x: torch.Tensor, conv_CW: torch.Tensor | None, conv: torch.
         **sizes, **options,
     )  # fmt: skip
     z, norm, eps = gate or (x, A_log, 0.0)
+    options = parameters("gdn.outputs", x, **key)
+    options["keys"] = min(options["keys"], DK)
     launch(
         _outputs, (N, count), qk, v, h, decay, z, z.stride(0), norm, eps, y, plan.chunks, **sizes,
-        GATED=gate is not None, **parameters("gdn.outputs", x, **key),
+        GATED=gate is not None, **options,
     )  # fmt: skip
