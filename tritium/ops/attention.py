@@ -31,22 +31,38 @@ ROW_TILE = 16
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """L: context of the last row. Optional: Q, tokens of each of T / Q rows with contexts that differ; S, the first
+    position that counts; B = 1, NaNs in the places of no token."""
     t, n, g, d = (dims[name] for name in ("T", "N", "G", "D"))
     context = dims["L"]
-    lengths, contexts = ((1, 1, t - 2), (3, 0, context)) if t > 2 else ((t,), (context,))
+    lengths: tuple[int, ...] = (1, 1, t - 2) if t > 2 else (t,)
+    contexts: tuple[int, ...] = (3, 0, context) if t > 2 else (context,)
+    if each := dims.get("Q"):
+        lengths, contexts = (each,) * (t // each), tuple(context // 3**r for r in reversed(range(t // each)))
+    rows = len(lengths)
     pages, tables = 1, []
     for length, start in zip(lengths, contexts):
         need = -(-(start + length) // PAGE)
         tables.append(tuple(range(pages, pages + need)))
         pages += need
     shape = (pages, g, PAGE, d)
-    return {
+    arguments: dict[str, Any] = {
         "q_TND": randn(generator, t, n, d, dtype=dtype),
         "gate_TND": randn(generator, t, n, d, dtype=dtype),
         "k_pages": randn(generator, *shape, dtype=dtype),
         "v_pages": randn(generator, *shape, dtype=dtype),
-        "spans": Spans(lengths, contexts, (1, 2, 3)[: len(lengths)], tuple(tables), torch.device("cpu")),
-    }
+        "spans": Spans(
+            lengths, contexts, tuple(range(1, rows + 1)), tuple(tables), torch.device("cpu"),
+            drafts=tuple(max(length - 1, 0) if each else 0 for length in lengths),
+            since=tuple(min(dims["S"], start) for start in contexts) if "S" in dims else (),
+        ),
+    }  # fmt: skip
+    if dims.get("B"):
+        for name in ("k_pages", "v_pages"):
+            arguments[name][0] = torch.nan
+            for length, start, table in zip(lengths, contexts, tables):
+                arguments[name][table[-1], :, (start + length - 1) % PAGE + 1 :] = torch.nan
+    return arguments
 
 
 SPEC = OpSpec(
@@ -55,6 +71,9 @@ SPEC = OpSpec(
         {"T": 1, "N": 2, "G": 2, "D": 64, "L": 0},
         {"T": 1, "N": 6, "G": 2, "D": 40, "L": 2100},
         {"T": 75, "N": 4, "G": 1, "D": 64, "L": 61},
+        {"T": 6, "N": 6, "G": 1, "D": 72, "L": 200, "Q": 3, "B": 1},
+        {"T": 20, "N": 4, "G": 1, "D": 32, "L": 150, "Q": 10, "S": 70, "B": 1},
+        {"T": 70, "N": 2, "G": 2, "D": 72, "L": 203, "S": 70, "B": 1},
     ),
     inputs=_inputs,
     results=lambda arguments, returned: {"o_TND": returned},

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import exact_dot, launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.launch import launch, parameters, release_next, target_of, wait_for_inputs
 from tritium.ops.spans import Spans
 
 LOWEST = tl.constexpr(-1e30)
@@ -35,17 +35,46 @@ def _rows(base, first, d, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.const
 def _live_rows(base, first, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
     """As `_rows`, zeros where a key is not the row's: its place may hold anything."""
     at = base + first + tl.arange(0, KEYS)[:, None] * D + d[None, :]
-    return tl.load(at, mask=live[:, None] if D == BLOCK_D else live[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(at, mask=_cells(live, d, D, BLOCK_D), other=0.0)
 
 
 @triton.jit
-def _absorb(o, total, top, scores, v, scale, DOT: tl.constexpr):
+def _query(queries, asked, d, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
+    """[M, BLOCK_D], kept for all keys; where heads are multiplied in chunks, nothing."""
+    at, cells = queries[:, None] + d[None, :], _cells(asked, d, D, BLOCK_D)
+    return 0 if CHUNK < BLOCK_D else tl.load(at, mask=cells, other=0.0)
+
+
+@triton.jit
+def _cells(rows, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    return rows[:, None] if D == BLOCK_D else rows[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def _scores(query, queries, asked, k_pages, first, d, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
+            KEYS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """q k [M, KEYS]. In chunks where a whole head of queries and keys would not fit into registers."""
+    if CHUNK < BLOCK_D:
+        scores = tl.zeros([M, KEYS], tl.float32)
+        for c in tl.range(0, D, CHUNK, num_stages=1):
+            e = c + tl.arange(0, CHUNK)
+            part = tl.load(queries[:, None] + e[None, :], mask=asked[:, None] & (e < D)[None, :], other=0.0)
+            at = k_pages + first + tl.arange(0, KEYS)[None, :] * D + e[:, None]
+            k = tl.load(at, mask=(e < D)[:, None], other=0.0)
+            scores = tl.dot(part, k, scores, input_precision="ieee")
+    else:
+        scores = tl.dot(query, tl.trans(_rows(k_pages, first, d, D, BLOCK_D, KEYS)), input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def _absorb(o, total, top, scores, v, scale):
     """One step of the running softmax, in powers of two: scores [M, KEYS] yet to be scaled, v [KEYS, D]."""
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - new_top[:, None])
     fade = tl.exp2(top - new_top)
     total = total * fade + tl.sum(weights, axis=1)
-    o = tl.dot(weights.to(v.dtype), v, o * fade[:, None], input_precision=DOT)
+    o = tl.dot(weights.to(v.dtype), v, o * fade[:, None], input_precision="ieee")
     return o, total, new_top
 
 
@@ -61,7 +90,7 @@ def _shares(context, length, since, splits, PAGE: tl.constexpr):
 def _decode(q, k_pages, v_pages, parts, weights, lengths_R, contexts_R, since_R, starts_R, pages_RP, q_token, q_head,
             width, splits, scale, Q: tl.constexpr, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
             PAGE: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
-            DOT: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+            CHUNK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     HEADS: tl.constexpr = N // G
     STEPS: tl.constexpr = PAGE // KEYS
     program, r = tl.program_id(0), tl.program_id(1)
@@ -75,10 +104,9 @@ def _decode(q, k_pages, v_pages, parts, weights, lengths_R, contexts_R, since_R,
     low = first + share * each
     high = tl.minimum(low + each, first + count)
     here = (m < TOKENS * HEADS) & (token < length)
-    cells = here[:, None] if D == BLOCK_D else here[:, None] & (d < D)[None, :]
+    queries = q + (start + token).to(tl.int64) * q_token + head * q_head
     wait_for_inputs(pdl)
-    query = tl.load(q + ((start + token).to(tl.int64) * q_token + head * q_head)[:, None] + d[None, :], mask=cells,
-                    other=0.0)  # fmt: skip
+    query = _query(queries, here, d, D, BLOCK_D, CHUNK)
     o = tl.zeros([M, BLOCK_D], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], LOWEST, tl.float32)
@@ -89,18 +117,17 @@ def _decode(q, k_pages, v_pages, parts, weights, lengths_R, contexts_R, since_R,
         place = (page * G + g) * (PAGE * D) + step % STEPS * (KEYS * D)
         key = step * KEYS + tl.arange(0, KEYS)
         live = (key >= since) & (key < stop)
-        k = _rows(k_pages, place, d, D, BLOCK_D, KEYS)
+        scores = _scores(query, queries, here, k_pages, place, d, D, BLOCK_D, M, KEYS, CHUNK)
         v = _live_rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
-        scores = tl.dot(query, tl.trans(k), input_precision=DOT)
         seen = live[None, :] & (key[None, :] <= (context + token)[:, None])
-        o, total, top = _absorb(o, total, top, tl.where(seen, scores, -float("inf")), v, scale, DOT)
+        o, total, top = _absorb(o, total, top, tl.where(seen, scores, -float("inf")), v, scale)
     release_next(pdl)
     at = (((r * splits + share) * Q + token) * N + head).to(tl.int64)
     # A token that sees no key of this share gives it a weight of next to nothing, and 0 / 1.
     here = here & (token < tl.where(low < high, length, 0))
     tl.store(weights + at, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=here)
     o = o / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(parts + at[:, None] * D + d[None, :], o, mask=here[:, None] & (d < D)[None, :])
+    tl.store(parts + at[:, None] * D + d[None, :], o, mask=_cells(here, d, D, BLOCK_D))
 
 
 @triton.jit
@@ -130,33 +157,40 @@ def _merge(parts, weights, gate, o, lengths_R, contexts_R, since_R, starts_R, ga
 
 
 @triton.jit
-def _pages(o, total, top, query, position, k_pages, v_pages, table, low, high, early, skipped, since, stop, g, scale, d,
-           G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-           MASKED: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+def _pages(o, total, top, query, queries, asked, position, k_pages, v_pages, table, low, high, early, skipped, since,
+           stop, g, scale, d, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+           M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Steps [low, high) of KEYS keys. Where masked, the first `skipped` of them stand for steps from `early` on."""
     STEPS: tl.constexpr = PAGE // KEYS
     for i in tl.range(low, high):
         step = tl.where(i < low + skipped, early + i - low, i) if MASKED else i
         page = tl.load(table + step // STEPS).to(tl.int64)
         place = (page * G + g) * (PAGE * D) + step % STEPS * (KEYS * D)
-        k = _rows(k_pages, place, d, D, BLOCK_D, KEYS)
+        scores = _scores(query, queries, asked, k_pages, place, d, D, BLOCK_D, M, KEYS, CHUNK)
         if MASKED:
             key = step * KEYS + tl.arange(0, KEYS)
             live = (key >= since) & (key < stop)
             v = _live_rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
-            scores = tl.dot(query, tl.trans(k), input_precision=DOT)
             scores = tl.where(live[None, :] & (key[None, :] <= position[:, None]), scores, -float("inf"))
         else:
             v = _rows(v_pages, place, d, D, BLOCK_D, KEYS)
-            scores = tl.dot(query, tl.trans(k), input_precision=DOT)
-        o, total, top = _absorb(o, total, top, scores, v, scale, DOT)
+        o, total, top = _absorb(o, total, top, scores, v, scale)
     return o, total, top
+
+
+@triton.jit
+def _gated(value, gate, gate_token, o, asked, d, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+           BLOCK_D: tl.constexpr):  # fmt: skip
+    """Dims d of M tokens of a head."""
+    m, cells = tl.arange(0, M)[:, None], _cells(asked, d, D, BLOCK_D)
+    g = tl.load(gate + m * gate_token + d[None, :], mask=cells, other=0.0).to(tl.float32)
+    tl.store(o + m * (N * D) + d[None, :], (value / (1.0 + tl.exp(-g))).to(o.dtype.element_ty), mask=cells)
 
 
 @triton.jit
 def _prefill(q, gate, k_pages, v_pages, o, tiles_2X, contexts_R, lengths_R, since_R, starts_R, pages_RP, q_token,
              q_head, gate_token, gate_head, width, tiles, scale, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-             PAGE: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+             PAGE: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
              pdl: tl.constexpr):  # fmt: skip
     HEADS: tl.constexpr = N // G
     # Programs that run side by side read the same keys: heads of a group first, groups last.
@@ -166,11 +200,12 @@ def _prefill(q, gate, k_pages, v_pages, o, tiles_2X, contexts_R, lengths_R, sinc
     r, offset = tl.load(tiles_2X + tile), tl.load(tiles_2X + tiles + tile)
     context, length, since = tl.load(contexts_R + r), tl.load(lengths_R + r), tl.load(since_R + r)
     m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
-    token = (tl.load(starts_R + r) + offset + m).to(tl.int64)
-    cells = (offset + m < length)[:, None] if D == BLOCK_D else (offset + m < length)[:, None] & (d < D)[None, :]
+    token = (tl.load(starts_R + r) + offset).to(tl.int64)
+    asked = offset + m < length
+    queries = q + token * q_token + n * q_head + m * q_token
     begin, stop = context + offset, context + length
     wait_for_inputs(pdl)
-    query = tl.load(q + (token * q_token + n * q_head)[:, None] + d[None, :], mask=cells, other=0.0)
+    query = _query(queries, asked, d, D, BLOCK_D, CHUNK)
     o_MD = tl.zeros([M, BLOCK_D], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], LOWEST, tl.float32)
@@ -179,18 +214,23 @@ def _prefill(q, gate, k_pages, v_pages, o, tiles_2X, contexts_R, lengths_R, sinc
     skipped = ((since % KEYS > 0) & (first < full)).to(tl.int32)
     tail, table = tl.maximum(first, full), pages_RP + r * width
     o_MD, total, top = _pages(
-        o_MD, total, top, query, begin + m, k_pages, v_pages, table, first + skipped, full, first, 0, since, stop, g,
-        scale, d, G, D, PAGE, KEYS, BLOCK_D, False, DOT,
+        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, first + skipped, full, first, 0,
+        since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, False,
     )  # fmt: skip
     o_MD, total, top = _pages(
-        o_MD, total, top, query, begin + m, k_pages, v_pages, table, tail - skipped,
+        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, tail - skipped,
         tl.cdiv(tl.minimum(begin + M, stop), KEYS), first, skipped, since, stop, g,
-        scale, d, G, D, PAGE, KEYS, BLOCK_D, True, DOT,
+        scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, True,
     )  # fmt: skip
     release_next(pdl)
-    gates = tl.load(gate + (token * gate_token + n * gate_head)[:, None] + d[None, :], mask=cells, other=0.0)
-    o_MD = o_MD / tl.where(total > 0, total, 1.0)[:, None] / (1.0 + tl.exp(-gates.to(tl.float32)))
-    tl.store(o + ((token * N + n) * D)[:, None] + d[None, :], o_MD.to(o.dtype.element_ty), mask=cells)
+    o_MD = o_MD * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+    # In halves: a whole tile of gates beside it does not fit into registers.
+    left, right = tl.split(tl.permute(tl.reshape(o_MD, [M, 2, BLOCK_D // 2]), (0, 2, 1)))
+    gate += token * gate_token + n * gate_head
+    o += (token * N + n) * D
+    d = tl.arange(0, BLOCK_D // 2)
+    _gated(left, gate, gate_token, o, asked, d, M, N, D, BLOCK_D)
+    _gated(right, gate, gate_token, o, asked, d + BLOCK_D // 2, M, N, D, BLOCK_D)
 
 
 def paged_attention(
@@ -215,14 +255,14 @@ def _sizes(q_TND: torch.Tensor, k_pages: torch.Tensor) -> tuple[dict[str, Any], 
     _, heads, dim = q_TND.shape
     _, groups, page, _ = k_pages.shape
     constants = {"N": heads, "G": groups, "D": dim, "PAGE": page, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
-    return {**constants, "DOT": exact_dot(q_TND.dtype)}, dim**-0.5 * math.log2(math.e)
+    return constants, dim**-0.5 * math.log2(math.e)
 
 
 def _parameters(op: str, q_TND: torch.Tensor, **key: int) -> dict[str, Any]:
     """Those of `op`; 32-bit numbers, which no model is served with, fill shared memory twice as fast."""
     found = parameters(op, q_TND, **key)
     if q_TND.dtype == torch.float32:
-        found |= {"KEYS": min(found["KEYS"], 32), "num_stages": 1}
+        found |= {"KEYS": min(found["KEYS"], 32), "CHUNK": min(found["CHUNK"], 64), "num_stages": 1}
     return found
 
 

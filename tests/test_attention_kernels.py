@@ -1,0 +1,93 @@
+"""Attention in Triton beyond its specs: rows that are not there, and rows that do not see each other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernel_lane
+
+from tritium.ops.attention import paged_attention
+from tritium.ops.attention_inputs import attention_inputs
+from tritium.ops.spans import Spans
+
+ELSEWHERE = pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the last test")
+lane = pytest.mark.gpu if torch.cuda.is_available() else ELSEWHERE
+HEADS, GROUPS, DIM, WIDTH = 4, 2, 32, 8
+
+
+def graph_spans(lengths: tuple[int, ...], contexts: tuple[int, ...], each: int, first_page: int = 1) -> Spans:
+    """As a graph's: every row has `each` tokens for the host, and what the table says on the device."""
+    rows, device = len(lengths), torch.device(kernel_lane.DEVICE)
+    pages = tuple(tuple(range(first_page + r * WIDTH, first_page + (r + 1) * WIDTH)) for r in range(rows))
+    spans = Spans((each,) * rows, contexts, tuple(range(1, rows + 1)), pages, device)
+    position_T = spans.table.position_T.view(rows, each).clone()
+    for r, length in enumerate(lengths):
+        position_T[r, length:] = -1
+    table = spans.table._replace(
+        lengths_R=torch.tensor(lengths, dtype=torch.int32, device=device), position_T=position_T.view(-1)
+    )
+    spans.__dict__["table"] = table
+    return spans
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).half().to(kernel_lane.DEVICE)
+
+
+def attend(seed: int, spans: Spans, tokens: int) -> torch.Tensor:
+    q, gate = (draw(seed + i, tokens, HEADS, DIM) for i in (1, 2))
+    k_pages, v_pages = (draw(seed + i, 1 + 3 * WIDTH, GROUPS, 64, DIM) for i in (3, 4))
+    kernel_lane.poison()
+    return paged_attention.kernel(q_TND=q, gate_TND=gate, k_pages=k_pages, v_pages=v_pages, spans=spans)
+
+
+@lane
+def test_tokens_that_are_not_there_in_the_interpreter(seed: int) -> None:
+    """They get zeros and write to no page; the row of which only some tokens are there is as if it were alone."""
+    lengths, contexts, each = (2, 0, 1), (130, 70, 63), 2
+    spans = graph_spans(lengths, contexts, each)
+    o = attend(seed, spans, 6)
+    whole = attend(seed, Spans((2,) * 3, contexts, (1, 2, 3), spans.pages, spans.device), 6)
+    assert torch.equal(o[:2], whole[:2])
+    assert torch.equal(o[4], whole[4])
+    assert o[[2, 3, 5]].count_nonzero() == 0
+
+    table = draw(seed, 200, 4, 2).float()
+    weight = draw(seed + 1, DIM).float()
+    k_pages, v_pages = (torch.zeros(1 + 3 * WIDTH, GROUPS, 64, DIM, device=kernel_lane.DEVICE).half() for _ in "kv")
+    x = draw(seed + 2, 6, 2 * (HEADS + GROUPS) * DIM)
+    q, gate = attention_inputs.kernel(
+        x_TE=x, q_norm_D=weight, k_norm_D=weight, eps=1e-6, table_LF2=table, k_pages=k_pages, v_pages=v_pages,
+        spans=spans,
+    )  # fmt: skip
+    assert q[[2, 3, 5]].count_nonzero() == 0
+    assert (q[[0, 1, 4]] != 0).any(-1).all()
+    assert gate.data_ptr() == x.data_ptr() + DIM * x.element_size(), "a view"
+    written = {(p, at) for p, _, at, _ in v_pages.nonzero().tolist()}
+    assert written == {(spans.pages[0][2], 2), (spans.pages[0][2], 3), (spans.pages[2][0], 63)}
+
+
+@lane
+def test_rows_do_not_see_each_others_contexts_in_the_interpreter(seed: int) -> None:
+    """To the bit, with as many rows."""
+    first = attend(seed, graph_spans((2, 2), (150, 0), 2), 4)
+    for length, context in ((2, 77), (1, 400), (0, 9)):
+        other = attend(seed, graph_spans((2, length), (150, context), 2), 4)
+        assert torch.equal(first[:2], other[:2]), (length, context)
+
+
+@pytest.mark.skipif(kernel_lane.INTERPRETED, reason="this starts the interpreter")
+def test_these_where_there_is_no_gpu() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "the_interpreter", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
