@@ -208,7 +208,8 @@ def test_starts_are_timed_in_processes_of_their_own(tiny: Path) -> None:
 def test_every_op_has_a_line_at_the_models_sizes() -> None:
     raw = family_config("qwen3.5-0.8b") or {}
     config = parse_config(raw | {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 96, "vocab_size": 300})
-    family = sizes(config, 2, (100,))
+    family = sizes(config, (2, 3), (100,))
+    assert [len(family[name]) for name in ("rms_norm", "delta_net", "linear")] == [2, 1, 14]
     ops = all_ops()
     assert set(family) <= {op.spec.name for op in ops}
     quick = [op for op in ops if op.spec.name not in ("gdn", "causal_conv")]
@@ -217,7 +218,7 @@ def test_every_op_has_a_line_at_the_models_sizes() -> None:
         op.spec.name for op in quick if op.spec.name not in family]
     assert len(lines) == sum(len(family.get(op.spec.name, [1])) for op in quick)
     assert all(line["us"] > 0 and line["floor_us"] >= 0 for line in lines)
-    moe = sizes(parse_config(family_config("qwen3.6-35b-a3b") or {}), 8, (512,))["moe"]
+    moe = sizes(parse_config(family_config("qwen3.6-35b-a3b") or {}), (8,), (512,))["moe"]
     assert moe == [{"T": 8, "E": 256, "K": 8, "H": 2048, "I": 512, "S": 512}]
 
 

@@ -28,8 +28,17 @@ def all_ops() -> list[Op]:
     return [found[name] for name in sorted(found)]
 
 
-def sizes(config: ModelConfig, rows: int, contexts: Sequence[int]) -> dict[str, list[Dims]]:
-    """Op: the sizes at which a decode step of `rows` tokens of this model calls it."""
+def sizes(config: ModelConfig, rows: Sequence[int], contexts: Sequence[int]) -> dict[str, list[Dims]]:
+    """Op: the sizes at which decode steps of so many tokens of this model call it, each once."""
+    found: dict[str, list[Dims]] = {}
+    for count in rows:
+        for name, listed in _sizes(config, count, contexts).items():
+            kept = found.setdefault(name, [])
+            kept += [dims for dims in listed if dims not in kept]
+    return found
+
+
+def _sizes(config: ModelConfig, rows: int, contexts: Sequence[int]) -> dict[str, list[Dims]]:
     H, V, d, G, N = (config.hidden_size, config.vocab_size, config.head_dim, config.num_kv_heads, config.num_heads)
     nk, nv, dk, dv = config.gdn_key_heads, config.gdn_value_heads, config.gdn_key_dim, config.gdn_value_dim
     values = nv * dv

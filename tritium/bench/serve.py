@@ -34,9 +34,9 @@ def run(url: str, *, concurrency: Sequence[int], prompt: int = 512, tokens: int 
         steps = after.pop("", 0.0) - before.pop("", 0.0)
         kept = ("clients", "completed", "errors", "first_error", "seconds", "output_tokens", "tokens_per_second",
                 "ttft", "tpot", "itl")
-        yield {"model": model, "prompt": prompt, "tokens": tokens} | {name: report[name] for name in kept} | {
-            "step_us": {phase: 1e6 * (value - before[phase]) / steps for phase, value in after.items() if steps}
-        }
+        spent = {phase: 1e6 * (value - before.get(phase, 0.0)) / steps for phase, value in after.items() if steps}
+        yield {"model": model, "prompt": prompt, "tokens": tokens, "step_us": spent} | {
+            name: report[name] for name in kept}
 
 
 def _steps(url: str) -> dict[str, float]:

@@ -87,9 +87,7 @@ def ops(rows: tuple[int, ...], contexts: tuple[int, ...], names: tuple[str, ...]
 
     model, ceilings = find_checkpoint(config, weights=False).config, measure(config.device)
     found = [op for op in benchmark.all_ops() if op.spec.name in names or not names]
-    cells = (cell for i, count in enumerate(rows) for cell in benchmark.run(
-        [op for op in found if i == 0 or op.spec.name in benchmark.sizes(model, count, contexts)],
-        benchmark.sizes(model, count, contexts), config.device, ceilings))
+    cells = benchmark.run(found, benchmark.sizes(model, rows, contexts), config.device, ceilings)
     _report("ops", config, cells, ceilings, plot)
 
 
