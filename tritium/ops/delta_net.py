@@ -25,13 +25,13 @@ from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     nk, nv, dk, dv, drafts = dims["nk"], dims["nv"], dims["dk"], dims["dv"], dims.get("drafts", 0)
     channels, full = 2 * nk * dk + nv * dv, wide(dtype)
-    # Short rows with drafts, folds, a checkpoint to start from and one to leave; then a long one with snapshots.
-    long = dims.get("long", 0)
-    lengths = (1 + drafts, 1) + ((long,) if long else ())
-    contexts = (70, 0) + ((dims.get("context", 64),) if long else ())
+    # Short rows with drafts, folds, a checkpoint to start from and one to leave; then long ones with snapshots.
+    long, more, context = dims.get("long", 0), dims.get("more", 0), dims.get("context", 64)
+    lengths = (1 + drafts, 1) + ((long,) if long else ()) + ((more,) if more else ())
+    contexts = (70, 0, context, 2)[: len(lengths)]
     snapshots = (((71, 5),) if drafts else (), (), tuple(
-        (at, 5 + i) for i, at in enumerate(range(128, dims.get("context", 64) + long, 128), start=1)
-    ))[: len(lengths)]
+        (at, 5 + i) for i, at in enumerate(range(128, context + long, 128), start=1)
+    ), ((64, 10), (2 + more, 11)))[: len(lengths)]
     slots = 12
     return {
         "x_TE": randn(generator, sum(lengths), channels + nv * dv + 2 * nv, dtype=dtype),
@@ -46,12 +46,12 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "spans": Spans(
             lengths,
             contexts,
-            (1, 2, 3)[: len(lengths)],
+            (1, 2, 3, 8)[: len(lengths)],
             ((1,),) * len(lengths),
             torch.device("cpu"),
-            sources=(4 if drafts else 1, 2, 3)[: len(lengths)],
-            folds=(drafts and 2, 0, 0)[: len(lengths)],
-            drafts=(drafts, 0, 0)[: len(lengths)],
+            sources=(4 if drafts else 1, 2, 3, 9)[: len(lengths)],
+            folds=(drafts and 2, 0, 0, 0)[: len(lengths)],
+            drafts=(drafts, 0, 0, 0)[: len(lengths)],
             snapshots=snapshots,
         ),
         "key_heads": nk,
@@ -65,6 +65,7 @@ SPEC = OpSpec(
         {"nk": 2, "nv": 6, "dk": 32, "dv": 16, "drafts": 3},
         {"nk": 1, "nv": 2, "dk": 64, "dv": 64, "drafts": 1, "long": 150},
         {"nk": 2, "nv": 2, "dk": 32, "dv": 32, "long": 200, "context": 100},
+        {"nk": 1, "nv": 2, "dk": 32, "dv": 16, "long": 70, "context": 62, "more": 90},
     ),
     inputs=_inputs,
     results=lambda arguments, returned: {

@@ -144,4 +144,4 @@ def _l2_normalised(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
-gdn = Op(SPEC, reference)
+gdn = Op(SPEC, reference, "gdn_chunk:gdn")

@@ -8,13 +8,14 @@ chunk, the recurrence of `tritium.ops.gdn` over a chunk is (Yang et al., arXiv:2
     o = exp(G) Q S + tril(Q Kᵀ D) v                                              (of every chunk at once)
 
 Chunks end at positions that are multiples of 64 and at snapshots, so a prompt's states do not depend on how it was cut
-at multiples of 64. They are padded to 64 tokens with zeros (k, v, β and log decay), which leave the state as it is: no mask but at the step's own
-tensors. States and v are kept transposed, [dv, dk] and [dv, 64], so that the pass feeds both of its products from
-registers, as attention does. Exponents are never positive; their sums are float64 where the inputs are float32.
+at multiples of 64. They are padded to 64 tokens with zeros (k, v, β and log decay), which leave the state as it is: no
+mask but at the step's own tensors. States and v are kept transposed, [dv, dk] and [dv, 64], so that the pass can feed
+both of its products from registers, as attention does. Exponents are never positive; their sums, decay, are float64
+where the inputs are float32, because differences of neighbours are what counts.
 
 Shapes: T tokens, N = nv value heads, C chunks; scratch in the inputs' dtype: qk [C, 2 nk, 64, dk], w [C, N, 64, dk],
-v [C, N, dv, 64], h [C, N, dv, dk] (states before chunks); in float32 decay (G) and fade
-(exp(G_last - G)), both [C, N, 64].
+v [C, N, dv, 64] (u before the pass), h [C, N, dv, dk] (states before the chunks); decay (G) and fade (exp(G_last - G))
+[C, N, 64].
 """
 
 from __future__ import annotations
@@ -81,20 +82,22 @@ def _convolved(x, x_stride, conv_w, ring, chunk_at, t, c, channels, WIDTH: tl.co
     live = t < length
     from_x = x + (start + t).to(tl.int64)[:, None] * x_stride + c[None, :]
     if WIDTH == 0:
-        return tl.load(from_x, mask=live[:, None], other=0.0).to(tl.float32)
-    y = tl.zeros((t.shape[0], c.shape[0]), tl.float32)
-    if done < WIDTH - 1:  # the row's first chunk: oldest taps come from the ring
-        for j in tl.static_range(WIDTH - 1):
-            p = position + t - (WIDTH - 1 - j)
-            kept = live & (done + t < WIDTH - 1 - j) & (p >= 0)
-            at = (source.to(tl.int64) * RING + p % RING)[:, None] * channels + c[None, :]
-            past = tl.load(ring + at, mask=kept[:, None], other=0.0).to(tl.float32)
-            y += past * tl.load(conv_w + c * WIDTH + j)[None, :]
-    for j in tl.static_range(WIDTH):
-        inside = live & (done + t >= WIDTH - 1 - j)
-        value = tl.load(from_x - (WIDTH - 1 - j) * x_stride, mask=inside[:, None], other=0.0).to(tl.float32)
-        y += value * tl.load(conv_w + c * WIDTH + j)[None, :]
-    return y / (1.0 + tl.exp(-y))
+        y = tl.load(from_x, mask=live[:, None], other=0.0).to(tl.float32)
+    else:
+        y = tl.zeros((t.shape[0], c.shape[0]), tl.float32)
+        if done < WIDTH - 1:  # the row's first chunk: oldest taps come from the ring
+            for j in tl.static_range(WIDTH - 1):
+                p = position + t - (WIDTH - 1 - j)
+                kept = live & (done + t < WIDTH - 1 - j) & (p >= 0)
+                at = (source.to(tl.int64) * RING + p % RING)[:, None] * channels + c[None, :]
+                past = tl.load(ring + at, mask=kept[:, None], other=0.0).to(tl.float32)
+                y += past * tl.load(conv_w + c * WIDTH + j)[None, :]
+        for j in tl.static_range(WIDTH):
+            inside = live & (done + t >= WIDTH - 1 - j)
+            value = tl.load(from_x - (WIDTH - 1 - j) * x_stride, mask=inside[:, None], other=0.0).to(tl.float32)
+            y += value * tl.load(conv_w + c * WIDTH + j)[None, :]
+        y = y / (1.0 + tl.exp(-y))
+    return y
 
 
 @triton.jit
@@ -177,7 +180,8 @@ def _prepare(x, x_stride, conv_w, ring, a, b, gate_stride, A_log, dt_bias, chunk
     below = t[:, None] > t[None, :]
     gap = tl.where(below, (total[:, None] - total[None, :]).to(tl.float32), 0.0)
     inverse = _inverse(tl.where(below, coupling * beta[:, None] * tl.exp(gap), 0.0), precision) * beta[None, :]
-    low, scaled = inverse.to(v.dtype.element_ty), (inverse * tl.exp(total.to(tl.float32))[None, :]).to(w.dtype.element_ty)
+    low = inverse.to(v.dtype.element_ty)
+    scaled = (inverse * tl.exp(total.to(tl.float32))[None, :]).to(w.dtype.element_ty)
     for piece in range(DK // keys):
         product = tl.dot(scaled, tl.load(in_k + piece * keys), input_precision="ieee")
         tl.store(w + (base * C64 + t[:, None]) * DK + piece * keys + d[None, :], product.to(w.dtype.element_ty))
