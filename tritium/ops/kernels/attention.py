@@ -259,10 +259,11 @@ def _sizes(q_TND: torch.Tensor, k_pages: torch.Tensor) -> tuple[dict[str, Any], 
 
 
 def _parameters(op: str, q_TND: torch.Tensor, **key: int) -> dict[str, Any]:
-    """Those of `op`; 32-bit numbers, which no model is served with, fill shared memory twice as fast."""
+    """Those of `op`; smaller tiles for 32-bit numbers, which no model is served with and no tensor core multiplies."""
     found = parameters(op, q_TND, **key)
     if q_TND.dtype == torch.float32:
-        found |= {"KEYS": min(found["KEYS"], 32), "CHUNK": min(found["CHUNK"], 64), "num_stages": 1}
+        most = {"KEYS": 32, "CHUNK": 64, "M": 32, "queries": 32, "num_stages": 1}
+        found |= {name: min(value, most[name]) for name, value in found.items() if name in most}
     return found
 
 
