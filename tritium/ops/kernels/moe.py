@@ -27,12 +27,16 @@ def lanes_of(experts: int) -> tuple[int, int]:
 
 
 def logits_stride(experts: int) -> int:
-    return triton.cdiv(experts + 1, 16) * 16
+    """Columns of a row of logits; at least E + 2."""
+    return triton.cdiv(experts + 2, 16) * 16
 
 
 @triton.jit
-def _part(logits, expert, E: tl.constexpr):
+def _part(logits, expert, scale, step, E: tl.constexpr, STEPS: tl.constexpr):
     value = tl.load(logits + expert, mask=expert < E, other=0.0)
+    for s in tl.static_range(1, STEPS):
+        value += tl.load(logits + s * step + expert, mask=expert < E, other=0.0)
+    value *= scale
     value = tl.where(value == 0.0, 0.0, value)
     bits = value.to(tl.int32, bitcast=True)
     key = tl.maximum(tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), LOWEST + 1)
@@ -40,17 +44,20 @@ def _part(logits, expert, E: tl.constexpr):
 
 
 @triton.jit
-def keys(logits, row, STRIDE: tl.constexpr, E: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr):
-    """(key, expert) [rows, LANES, PARTS] int32 of these rows of logits: keys sort as the float32 logits do."""
+def keys(logits, row, scale, step, STRIDE: tl.constexpr, E: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
+         STEPS: tl.constexpr):  # fmt: skip
+    """(key, expert) [rows, LANES, PARTS] int32 of these rows: keys sort as the float32 logits do. A logit is the sum
+    over STEPS numbers, `step` apart, times `scale`."""
     at = logits + row[:, None] * STRIDE
     e = tl.arange(0, LANES)[None, :] + row[:, None] * 0
-    key, expert = _part(at, e, E), e
+    key, expert = _part(at, e, scale, step, E, STEPS), e
     if PARTS == 2:
-        key, expert = tl.join(key, _part(at, e + LANES, E)), tl.join(e, e + LANES)
+        key, expert = tl.join(key, _part(at, e + LANES, scale, step, E, STEPS)), tl.join(e, e + LANES)
     if PARTS == 4:
-        low = tl.join(key, _part(at, e + 2 * LANES, E))
-        high = tl.join(_part(at, e + LANES, E), _part(at, e + 3 * LANES, E))
-        key = tl.join(low, high)
+        second = _part(at, e + LANES, scale, step, E, STEPS)
+        third = _part(at, e + 2 * LANES, scale, step, E, STEPS)
+        fourth = _part(at, e + 3 * LANES, scale, step, E, STEPS)
+        key = tl.join(tl.join(key, third), tl.join(second, fourth))
         expert = tl.join(tl.join(e, e + 2 * LANES), tl.join(e + LANES, e + 3 * LANES))
     shape: tl.constexpr = (row.shape[0], LANES, PARTS)
     return tl.reshape(key, shape), tl.reshape(expert, shape)
@@ -83,27 +90,31 @@ def _by_eights(product, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _two_rows(a, b, a_at, b_at, x, norm, eps, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Two blocks of rows times norm(x): (a · h, b · h), each [ROWS]; `a` and `b` are their first tiles. The next tiles
-    are on their way while these are used."""
+def _vector(pointer, k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    return tl.load(pointer + k) if WIDTH % BLOCK == 0 else tl.load(pointer + k, mask=k < WIDTH, other=0.0)
+
+
+@triton.jit
+def _two_rows(a, b, value, weight, a_at, b_at, x, norm, eps, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Two blocks of rows times norm(x): (a · h, b · h), each [ROWS]. `a`, `b`, `value` and `weight` are the first tiles
+    of them, of x and of the norm; the next ones are on their way while these are used."""
     k = tl.arange(0, BLOCK)
     sum_a = tl.zeros((ROWS, BLOCK // 8), tl.float32)
     sum_b = tl.zeros((ROWS, BLOCK // 8), tl.float32)
-    squares = tl.zeros((1, BLOCK // 8), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
     for start in tl.static_range(0, H, BLOCK):
         if start + BLOCK < H:
             next_a = _tile(a_at, start + BLOCK + k, H, BLOCK)
             next_b = _tile(b_at, start + BLOCK + k, H, BLOCK)
-        value = tl.load(x + start + k, mask=start + k < H, other=0.0)[None, :]
-        weight = tl.load(norm + start + k, mask=start + k < H, other=0.0)[None, :]
-        squares += _by_eights(value * value, 1, BLOCK)
-        value *= 1.0 + weight
+            next_value = _vector(x, start + BLOCK + k, H, BLOCK)
+            next_weight = _vector(norm, start + BLOCK + k, H, BLOCK)
+        squares += value * value
+        value = (value * (1.0 + weight))[None, :]
         sum_a += _by_eights(a.to(tl.float32) * value, ROWS, BLOCK)
         sum_b += _by_eights(b.to(tl.float32) * value, ROWS, BLOCK)
         if start + BLOCK < H:
-            a = next_a
-            b = next_b
-    scale = tl.rsqrt(tl.sum(squares) / H + eps)
+            a, b, value, weight = next_a, next_b, next_value, next_weight
+    scale = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
     return tl.sum(sum_a, axis=1) * scale, tl.sum(sum_b, axis=1) * scale
 
 
@@ -121,9 +132,9 @@ def _route_one(x, norm, router, shared, logits, inner, eps, H: tl.constexpr, E: 
     a_at = base + tl.where(of_router, tl.minimum(e, E), tl.minimum(s, S - 1))[:, None] * H
     b_at = base + tl.where(of_router, tl.minimum(e + ROWS, E), tl.minimum(s, S - 1) + S)[:, None] * H
     k = tl.arange(0, BLOCK)
-    a, b = _tile(a_at, k, H, BLOCK), _tile(b_at, k, H, BLOCK)
+    a, b, weight = _tile(a_at, k, H, BLOCK), _tile(b_at, k, H, BLOCK), _vector(norm, k, H, BLOCK)
     wait_for_inputs(pdl)
-    a, b = _two_rows(a, b, a_at, b_at, x, norm, eps, H, ROWS, BLOCK)
+    a, b = _two_rows(a, b, _vector(x, k, H, BLOCK), weight, a_at, b_at, x, norm, eps, H, ROWS, BLOCK)
     release_next(pdl)
     end = tl.where(of_router, E + 1, 0)
     tl.store(logits + e, a, mask=e < end)
@@ -140,8 +151,10 @@ def _up_one(x, norm, logits, gate_up, inner, eps, H: tl.constexpr, E: tl.constex
     rank = tl.program_id(0) // blocks
     i = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK)
+    weight = _vector(norm, k, H, BLOCK)
     wait_for_inputs(pdl)
-    key, expert = keys(logits, tl.arange(0, COPIES) * 0, STRIDE, E, LANES, PARTS)
+    x_first = _vector(x, k, H, BLOCK)
+    key, expert = keys(logits, tl.arange(0, COPIES) * 0, 1.0, 0, STRIDE, E, LANES, PARTS, 1)
     largest, chosen, key = next_expert(key, expert)
     total = tl.full((COPIES,), 1.0, tl.float32)
     mine = total
@@ -154,7 +167,7 @@ def _up_one(x, norm, logits, gate_up, inner, eps, H: tl.constexpr, E: tl.constex
     row = tl.max(chosen, axis=0).to(tl.int64) * (2 * I) + tl.minimum(i, I - 1)
     a_at, b_at = gate_up + row[:, None] * H, gate_up + (row + I)[:, None] * H
     a, b = _tile(a_at, k, H, BLOCK), _tile(b_at, k, H, BLOCK)
-    a, b = _two_rows(a, b, a_at, b_at, x, norm, eps, H, ROWS, BLOCK)
+    a, b = _two_rows(a, b, x_first, weight, a_at, b_at, x, norm, eps, H, ROWS, BLOCK)
     release_next(pdl)
     value = a / (1.0 + tl.exp(-a)) * b * tl.max(mine / total, axis=0)
     tl.store(inner + rank * I + i, value.to(inner.dtype.element_ty), mask=i < I)
@@ -173,7 +186,7 @@ def _down_one(x, logits, down, shared, inner, inner_shared, y, H: tl.constexpr, 
     w_shared = _tile(shared + at * S, s, S, BLOCK_S)
     if not EARLY:
         wait_for_inputs(pdl)
-    key, expert = keys(logits, tl.arange(0, COPIES) * 0, STRIDE, E, LANES, PARTS)
+    key, expert = keys(logits, tl.arange(0, COPIES) * 0, 1.0, 0, STRIDE, E, LANES, PARTS, 1)
     gate = tl.load(logits + E)
     tiles = ()
     for _ in tl.static_range(K):
@@ -182,15 +195,19 @@ def _down_one(x, logits, down, shared, inner, inner_shared, y, H: tl.constexpr, 
         tiles += (tile,)  # type: ignore[assignment]
     if EARLY:
         wait_for_inputs(pdl)
+    values = ()
+    for j in tl.static_range(K):
+        values += (_vector(inner + j * I, i, I, BLOCK),)  # type: ignore[assignment]
+    of_shared = _vector(inner_shared, s, S, BLOCK_S).to(tl.float32)
+    residual = tl.load(x + row, mask=row < H, other=0.0)
     total = tl.zeros((ROWS, BLOCK // 8), tl.float32)
     for j in tl.static_range(K):
-        value = tl.load(inner + j * I + i, mask=i < I, other=0.0).to(tl.float32)
+        value = values[j].to(tl.float32)
         total += _by_eights(tiles[j].to(tl.float32) * value[None, :], ROWS, BLOCK)
-    value = tl.load(inner_shared + s, mask=s < S, other=0.0).to(tl.float32)
-    of_shared = tl.sum(_by_eights(w_shared.to(tl.float32) * value[None, :], ROWS, BLOCK_S), axis=1)
+    of_shared = tl.sum(_by_eights(w_shared.to(tl.float32) * of_shared[None, :], ROWS, BLOCK_S), axis=1)
     release_next(pdl)
     out = tl.sum(total, axis=1) + of_shared / (1.0 + tl.exp(-gate))
-    tl.store(y + row, tl.load(x + row, mask=row < H, other=0.0) + out, mask=row < H)
+    tl.store(y + row, residual + out, mask=row < H)
 
 
 def moe(
@@ -236,6 +253,7 @@ def _one(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.
            COPIES=up["num_warps"], **choice, **up)  # fmt: skip
 
     down = parameters("moe.down1", x_TH, H=H, I=I)
+    down["ROWS"] = max(1, down["ROWS"] * 2 // down_EHI.element_size())
     launch(_down_one, (triton.cdiv(H, down["ROWS"]),), x_TH, logits, down_EHI, shared_down_HS, inner, inner_shared,
            y_TH, S=S, BLOCK=max(8, triton.next_power_of_2(I)), BLOCK_S=max(8, triton.next_power_of_2(S)),
            COPIES=down["num_warps"], EARLY=up["pdl"] == 1 and down["pdl"] > 0, **choice, **down)  # fmt: skip

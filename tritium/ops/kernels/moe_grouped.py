@@ -1,6 +1,6 @@
 """Routed experts for several tokens: (token, choice) pairs sorted by expert, then grouped products over tiles of pairs.
 
-    route    h = norm(x), logits                       a decode step fuses the norm
+    route    logits of h = norm(x)                     a decode step fuses the norm: the scale 1 / rms comes later
     choose   experts and weights of each token         with few tokens the same kernel sorts as well
     place    the order of the pairs, the tiles         every program sums the counts of the blocks before its own
     grouped  silu(gate h) · up h for pairs in order; then down of them, put back to (token, rank)
@@ -29,37 +29,38 @@ from tritium.ops.linear import linear
 
 
 @triton.jit
-def _route(x, norm, router, h, logits, eps, T, H: tl.constexpr, F: tl.constexpr, STRIDE: tl.constexpr,
-           TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr,
-           PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """Logits of TOKENS tokens for ROWS rows of the router. FUSED: x is the stream, and h is written, too, column blocks
-    in turn by the programs of a block of tokens; else x is h."""
+def _route(x, norm, router, g, logits, T, H: tl.constexpr, F: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr,
+           ROWS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+           pdl: tl.constexpr):  # fmt: skip
+    """Logits of TOKENS tokens for ROWS rows of the router. x is h; FUSED: x is the stream, each program takes BLOCK
+    columns of it, and the first of a block of tokens write g = x (1 + norm) and, beside the logits, Σ x²."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, BLOCK)
-    x_at = tl.minimum(tokens, T - 1).to(tl.int64)[:, None] * H + k[None, :]
-    w_at = router + tl.minimum(rows, F - 1)[:, None] * H + k[None, :]
-    wait_for_inputs(pdl)
-    scale = tl.zeros((TOKENS,), tl.float32)
-    if FUSED:
-        for start in tl.range(0, H, BLOCK, num_stages=STAGES):
-            value = tl.load(x + x_at + start, mask=start + k[None, :] < H, other=0.0)
-            scale += tl.sum(value * value, axis=1)
-        scale = tl.rsqrt(scale / H + eps)
+    first = tl.program_id(2) * BLOCK
+    k = first + tl.arange(0, BLOCK)[None, :]
+    real = (tokens < T)[:, None]
+    x_at = tokens.to(tl.int64)[:, None] * H + k
+    w_at = router + tl.minimum(rows, F - 1)[:, None] * H + k
+    at = logits + (tl.program_id(2) * T + tokens).to(tl.int64) * STRIDE
     total = tl.zeros((TOKENS, ROWS), tl.float32)
-    for start in tl.range(0, H, BLOCK, num_stages=STAGES):
-        inside = start + k[None, :] < H
-        value = tl.load(x + x_at + start, mask=inside, other=0.0)
-        w = tl.load(w_at + start, mask=inside, other=0.0)
-        if FUSED:
-            weight = tl.load(norm + start + k[None, :], mask=inside, other=0.0)
-            value = (value * scale[:, None] * (1.0 + weight)).to(w.dtype)
-            mine = tl.where(start // BLOCK % tl.num_programs(0) == tl.program_id(0), T, 0)
-            tl.store(h + x_at + start, value, mask=inside & (tokens < mine)[:, None])
+    if FUSED:
+        w = tl.load(w_at, mask=k < H, other=0.0)
+        weight = tl.load(norm + k, mask=k < H, other=0.0)
+        wait_for_inputs(pdl)
+        value = tl.load(x + x_at, mask=real & (k < H), other=0.0)
+        writer = tl.where(tl.program_id(0) == 0, T, 0)
+        tl.store(at + F, tl.sum(value * value, axis=1), mask=tokens < writer)
+        value = (value * (1.0 + weight)).to(w.dtype)
+        tl.store(g + x_at, value, mask=(k < H) & (tokens < writer)[:, None])
         total = tl.dot(value, tl.trans(w), total, input_precision=PRECISION)
+    else:
+        wait_for_inputs(pdl)
+        for start in tl.range(0, H, BLOCK, num_stages=STAGES):
+            value = tl.load(x + x_at + start, mask=real & (start + k < H), other=0.0)
+            w = tl.load(w_at + start, mask=start + k < H, other=0.0)
+            total = tl.dot(value, tl.trans(w), total, input_precision=PRECISION)
     release_next(pdl)
-    at = logits + tokens.to(tl.int64)[:, None] * STRIDE + rows[None, :]
-    tl.store(at, total, mask=(tokens < T)[:, None] & (rows < F)[None, :])
+    tl.store(at[:, None] + rows[None, :], total, mask=real & (rows < F)[None, :])
 
 
 @triton.jit
@@ -82,16 +83,31 @@ def _order(block, token, expert, rank, before, count, order, tiles, K: tl.conste
 
 
 @triton.jit
-def _choose(logits, experts, weights, counts, order, tiles, T, K: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr,
-            LANES: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
-            pdl: tl.constexpr):  # fmt: skip
-    """Experts and weights (not yet divided by their sum) of TOKENS tokens, by rank. WHOLE: these are all the tokens,
-    and their pairs are put in order, too; else `counts` [blocks, LANES PARTS] says how often each expert is chosen."""
+def _choose(logits, experts, weights, scales, counts, order, tiles, T, eps, H: tl.constexpr, K: tl.constexpr,
+            E: tl.constexpr, STRIDE: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+            TILE: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """Experts and weights (not yet divided by their sum) of TOKENS tokens, by rank, then the shared expert's weight.
+    STEPS above 0: the norm is fused, so logits are to be summed and scaled. WHOLE: these are all the tokens, and their
+    pairs are put in order, too; else `counts` [blocks, LANES PARTS] says how often each expert is chosen."""
     N: tl.constexpr = LANES * PARTS
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     real = token < T
     wait_for_inputs(pdl)
-    key, expert = keys(logits, tl.minimum(token, T - 1), STRIDE, E, LANES, PARTS)
+    row = tl.minimum(token, T - 1)
+    at = logits + row.to(tl.int64) * STRIDE + E
+    gate = tl.load(at)
+    if STEPS == 0:
+        key, expert = keys(logits, row.to(tl.int64), 1.0, 0, STRIDE, E, LANES, PARTS, 1)
+    else:
+        squares = tl.load(at + 1)
+        for s in tl.static_range(1, STEPS):
+            gate += tl.load(at + s * T * STRIDE)
+            squares += tl.load(at + s * T * STRIDE + 1)
+        scale = tl.rsqrt(squares / H + eps)
+        tl.store(scales + token, scale, mask=real)
+        gate *= scale
+        key, expert = keys(logits, row, scale[:, None], T * STRIDE, STRIDE, E, LANES, PARTS, STEPS)
+    tl.store(weights + token * (K + 1) + K, 1.0 / (1.0 + tl.exp(-gate)), mask=real)
     rank = tl.full((TOKENS, LANES, PARTS), -1, tl.int32)
     largest = tl.zeros((TOKENS,), tl.float32)
     for j in tl.static_range(K):
@@ -99,7 +115,7 @@ def _choose(logits, experts, weights, counts, order, tiles, T, K: tl.constexpr, 
         if j == 0:
             largest = value
         rank = tl.where(expert == who[:, None, None], j, rank)
-        tl.store(weights + token * K + j, tl.exp(value - largest), mask=real)
+        tl.store(weights + token * (K + 1) + j, tl.exp(value - largest), mask=real)
         tl.store(experts + token * K + j, who, mask=real)
     release_next(pdl)
     rank = tl.reshape(tl.where(real[:, None, None], rank, -1), (TOKENS, N))
@@ -136,9 +152,10 @@ def _place(experts, counts, order, tiles, T, K: tl.constexpr, LANES: tl.constexp
 
 
 @triton.jit
-def _grouped(x, w, shared, y, order, tiles, T, shared_tiles, PAIRS, K: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-             TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SWAP: tl.constexpr,
-             STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+def _grouped(x, w, shared, y, scales, order, tiles, T, shared_tiles, PAIRS, K: tl.constexpr, N: tl.constexpr,
+             D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr,
+             SCALED: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+             pdl: tl.constexpr):  # fmt: skip
     """TOKENS pairs of one expert by ROWS of its N rows of D weights. UP: rows of h by token to silu(gate) · up by
     place; else (down) rows by place to rows by pair. SWAP: the weights are the left factor."""
     blocks: tl.constexpr = (N + ROWS - 1) // ROWS
@@ -146,14 +163,15 @@ def _grouped(x, w, shared, y, order, tiles, T, shared_tiles, PAIRS, K: tl.conste
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK)
     of_shared = tile < shared_tiles
+    at = tiles + 4 + 4 * tl.maximum(tile - shared_tiles, 0)
     wait_for_inputs(pdl)
-    if tile < tl.load(tiles) + shared_tiles:
-        at = tiles + 4 + 4 * tl.maximum(tile - shared_tiles, 0)
-        first = tl.where(of_shared, PAIRS + tile * TOKENS, tl.load(at + 1))
-        end = tl.where(of_shared, PAIRS + T, tl.load(at + 2))
-        base = tl.where(of_shared, shared, w + tl.load(at).to(tl.int64) * ((1 + UP) * N * D))
+    number, expert, first, end = tl.load(tiles), tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    if tile < number + shared_tiles:
+        first = tl.where(of_shared, PAIRS + tile * TOKENS, first)
+        end = tl.where(of_shared, PAIRS + T, end)
+        base = tl.where(of_shared, shared, w + expert.to(tl.int64) * ((1 + UP) * N * D))
         place = first + tl.arange(0, TOKENS)
-        real = place < end
+        real = (place < end)[:, None]
         place = tl.minimum(place, end - 1)
         pair = tl.load(order + place, mask=place < PAIRS, other=0)
         if UP:
@@ -171,13 +189,13 @@ def _grouped(x, w, shared, y, order, tiles, T, shared_tiles, PAIRS, K: tl.conste
         for start in tl.range(0, D, BLOCK, num_stages=STAGES):
             if D % BLOCK == 0:
                 a = tl.load(w_at + start)
-                value = tl.load(x_at + start)
+                value = tl.load(x_at + start, mask=real, other=0.0)
                 if UP:
                     b = tl.load(w_at + N * D + start)
             else:
                 inside = start + k[None, :] < D
                 a = tl.load(w_at + start, mask=inside, other=0.0)
-                value = tl.load(x_at + start, mask=inside, other=0.0)
+                value = tl.load(x_at + start, mask=inside & real, other=0.0)
                 if UP:
                     b = tl.load(w_at + N * D + start, mask=inside, other=0.0)
             if SWAP:
@@ -190,31 +208,35 @@ def _grouped(x, w, shared, y, order, tiles, T, shared_tiles, PAIRS, K: tl.conste
                     total_up = tl.dot(value, tl.trans(b), total_up, input_precision=PRECISION)
         release_next(pdl)
         if UP:
+            if SCALED:
+                scale = tl.load(scales + x_row)
+                scale = scale[None, :] if SWAP else scale[:, None]
+                total, total_up = total * scale, total_up * scale
             total = total / (1.0 + tl.exp(-total)) * total_up
         if SWAP:
             total = tl.trans(total)
         y_at = y + y_row.to(tl.int64)[:, None] * N + row[None, :]
-        tl.store(y_at, total.to(y.dtype.element_ty), mask=real[:, None] & (row < N)[None, :])
+        tl.store(y_at, total.to(y.dtype.element_ty), mask=real & (row < N)[None, :])
     else:
         release_next(pdl)
 
 
 @triton.jit
-def _combine(x, logits, weights, routed, shared, y, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-             STRIDE: tl.constexpr, BLOCK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+def _combine(x, weights, routed, shared, y, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, pdl: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
     wait_for_inputs(pdl)
-    sum_weights = tl.load(weights + token * K)
+    weights += token * (K + 1)
+    sum_weights = tl.load(weights)
     for j in tl.static_range(1, K):
-        sum_weights += tl.load(weights + token * K + j)
+        sum_weights += tl.load(weights + j)
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(K):
         value = tl.load(routed + (token * K + j) * H + column, mask=inside, other=0.0).to(tl.float32)
-        total += value * (tl.load(weights + token * K + j) / sum_weights)
+        total += value * (tl.load(weights + j) / sum_weights)
     value = tl.load(shared + token * H + column, mask=inside, other=0.0).to(tl.float32)
-    total += value / (1.0 + tl.exp(-tl.load(logits + token * STRIDE + E)))
+    total += value * tl.load(weights + K)
     value = tl.load(x + token * H + column, mask=inside, other=0.0)
     release_next(pdl)
     tl.store(y + token * H + column, value + total, mask=inside)
@@ -224,73 +246,68 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
             down_EHI: torch.Tensor, shared_gate_up_SH: torch.Tensor, shared_down_HS: torch.Tensor, k: int
             ) -> torch.Tensor:  # fmt: skip
     (T, H), (E, _, I), S = x_TH.shape, down_EHI.shape, shared_down_HS.shape[1]
-    pairs, dtype = T * k, down_EHI.dtype
-    lanes, parts = lanes_of(E)
+    pairs, dtype, device = T * k, down_EHI.dtype, x_TH.device
     together = S == I
-    up = _tiled("moe.grouped_up", x_TH, dtype, H=H, I=I, T=T)
+    precision = exact_dot(dtype)
+
+    route = _tiled("moe.route", x_TH, dtype, H, T=T)
+    # float16 has no room for values that are not normalised yet.
+    fused = route["FUSED"] = bool(route["FUSED"] and together and dtype != torch.float16)
+    steps = triton.cdiv(H, route["BLOCK"]) if fused else 1
+    logits = x_TH.new_empty(steps, T, logits_stride(E))
+    h_TH = torch.empty_like(x_TH, dtype=dtype) if fused else rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=dtype)
+    grid: tuple[int, ...] = (triton.cdiv(E + 1, route["ROWS"]), triton.cdiv(T, route["TOKENS"]), steps)
+    launch(_route, grid, x_TH if fused else h_TH, norm_H, router_FH, h_TH, logits, T,
+           H=H, F=E + 1, STRIDE=logits.shape[2], PRECISION=precision, **route)  # fmt: skip
+
+    up = _tiled("moe.grouped_up", x_TH, dtype, H, H=H, I=I, T=T)
+    down = _tiled("moe.grouped_down", x_TH, dtype, I, H=H, I=I, T=T)
     tile = up["TOKENS"]
-
-    h_TH, logits = _routed(x_TH, norm_H, eps, router_FH, dtype, E)
-    weights = x_TH.new_empty(T, k)
-    order, experts = (torch.empty(pairs, dtype=torch.int32, device=x_TH.device) for _ in range(2))
     most = (pairs + min(E, pairs) * (tile - 1)) // tile
-    tiles = order.new_empty(4 * (most + 1))
-
-    choose = parameters("moe.choose", x_TH, E=E)
+    lanes, parts = lanes_of(E)
+    choose = parameters("moe.choose", x_TH, E=E, T=T)
+    choose["TOKENS"] = min(choose["TOKENS"], triton.next_power_of_2(T))
+    choose["num_warps"] = min(choose["num_warps"], choose["TOKENS"])
     blocks = triton.cdiv(T, choose["TOKENS"])
-    counts = order.new_empty(blocks, lanes * parts)
+    weights, scales = x_TH.new_empty(T, k + 1), x_TH.new_empty(T)
+    order, experts, counts, tiles = (
+        torch.empty(n, dtype=torch.int32, device=device) for n in (pairs, pairs, blocks * lanes * parts, 4 * most + 4)
+    )
     shape = {"K": k, "LANES": lanes, "PARTS": parts, "TILE": tile}
-    launch(_choose, (blocks,), logits, experts, weights, counts, order, tiles, T,
-           E=E, STRIDE=logits.shape[1], WHOLE=blocks == 1, **shape, **choose)  # fmt: skip
+    launch(_choose, (blocks,), logits, experts, weights, scales, counts, order, tiles, T, eps, H=H, E=E,
+           STRIDE=logits.shape[2], STEPS=steps if fused else 0, WHOLE=blocks == 1, **shape, **choose)  # fmt: skip
     if blocks > 1:
-        launch(_place, (blocks,), experts, counts, order, tiles, T,
-               STEP=min(choose["TOKENS"], triton.next_power_of_2(blocks)), **shape, **choose)  # fmt: skip
+        step = min(32, triton.next_power_of_2(blocks))
+        launch(_place, (blocks,), experts, counts, order, tiles, T, STEP=step, **shape, **choose)
 
     shared_tiles = triton.cdiv(T, tile) if together else 0
     rows = pairs + (T if together else 0)
     inner, out = h_TH.new_empty(rows, I), h_TH.new_empty(rows, H)
-    common = {"K": k, "TOKENS": tile, "PRECISION": exact_dot(dtype)}
-    up.pop("TOKENS")
-    down = _tiled("moe.grouped_down", x_TH, dtype, H=H, I=I, T=T)
-    for x, w, shared, y, n, d, options in (
-        (h_TH, gate_up_EJH, shared_gate_up_SH, inner, I, H, up),
-        (inner, down_EHI, shared_down_HS, out, H, I, down),
+    for x, w, shared, y, n, options in (
+        (h_TH, gate_up_EJH, shared_gate_up_SH, inner, I, up),
+        (inner, down_EHI, shared_down_HS, out, H, {**down, "TOKENS": tile}),
     ):
-        options["BLOCK"] = min(options["BLOCK"], max(16, triton.next_power_of_2(d)))
         grid = ((shared_tiles + most) * triton.cdiv(n, options["ROWS"]),)
-        launch(_grouped, grid, x, w, shared, y, order, tiles, T, shared_tiles, pairs,
-               N=n, D=d, UP=x is h_TH, **common, **options)  # fmt: skip
-
+        launch(_grouped, grid, x, w, shared, y, scales, order, tiles, T, shared_tiles, pairs, K=k, N=n, D=x.shape[1],
+               UP=x is h_TH, SCALED=fused, PRECISION=precision, **options)  # fmt: skip
     if together:
         out_shared = out[pairs:]
     else:
         inner_shared = linear(x_MK=h_TH, w_JK=shared_gate_up_SH, gated=True)
         out_shared = linear(x_MK=inner_shared, w_JK=shared_down_HS)
+
     y_TH = torch.empty_like(x_TH)
     last = parameters("moe.combine", x_TH, T=T)
     last["BLOCK"] = min(last["BLOCK"], triton.next_power_of_2(H))
-    launch(_combine, (T, triton.cdiv(H, last["BLOCK"])), x_TH, logits, weights, out, out_shared, y_TH,
-           H=H, E=E, K=k, STRIDE=logits.shape[1], **last)  # fmt: skip
+    grid = (T, triton.cdiv(H, last["BLOCK"]))
+    launch(_combine, grid, x_TH, weights, out, out_shared, y_TH, H=H, K=k, **last)
     return y_TH
 
 
-def _routed(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.Tensor, dtype: torch.dtype,
-            experts: int) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(h_TH, logits_TL)."""
-    T, H = x_TH.shape
-    options = _tiled("moe.route", x_TH, dtype, T=T)
-    options["BLOCK"] = min(options["BLOCK"], max(16, triton.next_power_of_2(H)))
-    fused = options["FUSED"]
-    h_TH = torch.empty_like(x_TH, dtype=dtype) if fused else rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=dtype)
-    logits = x_TH.new_empty(T, logits_stride(experts))
-    grid = triton.cdiv(experts + 1, options["ROWS"]), triton.cdiv(T, options["TOKENS"])
-    launch(_route, grid, x_TH if fused else h_TH, norm_H, router_FH, h_TH, logits, eps, T,
-           H=H, F=experts + 1, STRIDE=logits.shape[1], PRECISION=exact_dot(dtype), **options)  # fmt: skip
-    return h_TH, logits
-
-
-def _tiled(name: str, x: torch.Tensor, dtype: torch.dtype, **key: int) -> dict[str, Any]:
-    """Launch parameters as found for two-byte weights; wider ones take half as many columns at a time."""
-    found = dict(parameters(name, x, **key))
-    found["BLOCK"] = max(16, found["BLOCK"] * 2 // dtype.itemsize)
+def _tiled(name: str, x: torch.Tensor, dtype: torch.dtype, width: int, **key: int) -> dict[str, Any]:
+    """Launch parameters as found for two-byte weights; wider ones take half as many rows and half as many of `width`
+    columns at a time."""
+    found = parameters(name, x, **key)
+    found["ROWS"] = max(16, found["ROWS"] * 2 // dtype.itemsize)
+    found["BLOCK"] = max(16, min(found["BLOCK"] * 2 // dtype.itemsize, triton.next_power_of_2(width)))
     return found
