@@ -17,7 +17,7 @@ import torch
 
 from tritium.bench.ceilings import Ceilings, flops, middle, seconds_of, step_bytes
 from tritium.cache import pages_for
-from tritium.config import EngineConfig
+from tritium.config import EngineConfig, Speculation
 from tritium.core import CapacityError, Request, RowResult, SamplingParams, StepResult
 from tritium.engine import Engine
 from tritium.nn.batch import AttentionCache
@@ -33,7 +33,7 @@ def decode(config: EngineConfig, ceilings: Ceilings, *, rows: Sequence[int] = RO
            steps: int = 64, rounds: int = 3, temperature: float = 0.6) -> Iterator[dict[str, Any]]:
     """A cell at a time; one that does not fit says so in `skipped`. `steps` steps are timed, `rounds` times."""
     engine = Engine.load(replace(config, max_num_seqs=max(rows), enable_prefix_caching=False))
-    needed = WARM_UP + steps * rounds + _SPARE
+    needed = (WARM_UP + steps * rounds + _SPARE) * (1 + Speculation.parse(config.speculate).most)
     for context in contexts:
         for count in rows:
             length = min(context, engine.max_model_len - needed)

@@ -21,8 +21,8 @@ COLUMNS: dict[str, tuple[_Column, ...]] = {
                ("host_us", "not graph us", 1, ".1f")),
     "prefill": (("tokens", "tokens", 1, ",d"), ("seconds", "s", 1, ".3f"), ("tokens_per_second", "tokens/s", 1, ",.0f"),
                 ("share_of_dot", "% of dot", 100, ".1f")),
-    "start": (*((name, f"{name} s", 1, ".2f") for name in ("imports", "load", "plan", "weights", "pools", "kernels",
-                                                            "self_test", "graphs")),
+    "start": (("start", "start", 1, "d"), *((phase, f"{phase} s", 1, ".2f") for phase in
+              ("imports", "load", "plan", "weights", "pools", "kernels", "self_test", "graphs")),
               ("to_first_token", "to first token s", 1, ".2f"), ("ttft_first", "first TTFT ms", 1e3, ".1f"),
               ("ttft_last", "last TTFT ms", 1e3, ".1f")),
     "serve": (("clients", "clients", 1, "d"), ("tokens_per_second", "tokens/s", 1, ",.1f"),

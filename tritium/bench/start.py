@@ -35,7 +35,7 @@ def run(config: EngineConfig, *, starts: int = 2, requests: int = 10, prompt: in
         limit: float = 600.0) -> Iterator[dict[str, Any]]:
     """A start at a time: the first with an empty cache of compiled kernels, the others with what it left."""
     with tempfile.TemporaryDirectory(prefix="tritium-start-") as kernels:
-        for _ in range(starts):
+        for i in range(starts):
             environment = os.environ | {"TRITON_CACHE_DIR": kernels, _BEGAN: repr(time.time())}
             asked = {"config": dataclasses.asdict(config), "requests": requests, "prompt": prompt}
             done = subprocess.run([sys.executable, "-m", "tritium.bench.start"], input=json.dumps(asked), text=True,
@@ -43,7 +43,7 @@ def run(config: EngineConfig, *, starts: int = 2, requests: int = 10, prompt: in
             if done.returncode:
                 raise TritiumError(f"the engine did not start (exit code {done.returncode})",
                                    hint="its words are above")
-            yield json.loads(done.stdout.splitlines()[-1])
+            yield {"start": i + 1} | json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

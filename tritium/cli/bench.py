@@ -217,9 +217,10 @@ def _report(kind: str, config: EngineConfig | None, cells: Iterator[dict[str, An
         tqdm.write(show.line(kind, cell), file=sys.stderr)
     result = {"bench": kind, **more, "cells": kept}
     if config is not None:
-        result |= {"model": config.model, "load_format": config.load_format, "speculate": config.speculate}
+        result |= {"model": config.model, "load_format": config.load_format, "speculate": config.speculate,
+                   "forced_acceptance": config.benchmark_force_acceptance}
     if ceilings is not None:
         result["ceilings"] = ceilings.json()
+    click.echo(json.dumps(result))
     if plot:
         show.plot(result, Path(plot))
-    click.echo(json.dumps(result))
