@@ -134,19 +134,21 @@ def _merged(x, below, B: tl.constexpr, n: tl.constexpr, precision: tl.constexpr)
 
 @triton.jit
 def _inverse(x, precision: tl.constexpr):
-    """(I + x)^-1 for x strictly lower triangular, 64 x 64, float32: substitution in blocks of 16, then merges.
+    """(I + x)^-1 for x strictly lower triangular, 64 x 64, float32: blocks of 8 as (I - x)(I + x^2)(I + x^4), then merges.
 
-    Powers of x, which a product form would need, may grow far beyond the inverse.
+    Powers may grow far beyond the inverse: C(7, 3) = 35 times in a block of 8, 6435 times in one of 16.
     """
     halves, below_32 = _quartered(tl.reshape(x, (1, 64, 64)), 1, 32)
     blocks, below_16 = _quartered(halves, 2, 16)
     i = tl.arange(0, 16)[None, :, None]
     j = tl.arange(0, 16)[None, None, :]
-    t = tl.where(i == j, 1.0, 0.0) + tl.zeros_like(blocks)
-    for step in range(15):
-        column = tl.sum(tl.where(j == step, blocks, 0.0), 2)
-        row = tl.sum(tl.where(i == step, t, 0.0), 1)
-        t -= column[:, :, None] * row[:, None, :]
+    near = tl.where(i // 8 == j // 8, blocks, 0.0)
+    t = tl.where(i == j, 1.0, -near)
+    power = tl.dot(near, near, input_precision=precision)
+    t = tl.dot(t, power, t, input_precision=precision)
+    power = tl.dot(power, power, input_precision=precision)
+    t = tl.dot(t, power, t, input_precision=precision)
+    t -= tl.dot(tl.dot(t, blocks - near, input_precision=precision), t, input_precision=precision)
     return tl.reshape(_merged(_merged(t, below_16, 2, 16, precision), below_32, 1, 32, precision), (64, 64))
 
 
