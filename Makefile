@@ -18,6 +18,7 @@ help:
 	@echo "make soak    ten minutes of every kind of client at a server whose engine is killed now and then"
 	@echo "make fuzz    2,000 and more requests made from the server's OpenAPI document"
 	@echo "make schemas all JSON schemas through the embedded model (minutes)"
+	@echo "make matrix  every kernel as the family launches it, compiled for all eight targets (minutes, no GPU)"
 	@echo "make gpu     the tests that need a GPU"
 	@echo "make clean   remove .venv and the caches"
 
@@ -50,6 +51,10 @@ fuzz: .venv/.dev
 .PHONY: schemas
 schemas: .venv/.dev
 	$(BIN)/pytest -m slow tests/test_structured.py $(PYTEST_ARGS)
+
+.PHONY: matrix
+matrix: .venv/.dev
+	$(BIN)/tritium doctor --compile all --quiet
 
 gpu: .venv/.dev
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: torch sees no GPU here")'

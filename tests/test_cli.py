@@ -275,6 +275,35 @@ def test_doctor_goes_on_after_a_problem(capsys: pytest.CaptureFixture[str]) -> N
     assert "paged_attention" in out
 
 
+def test_doctor_answers_for_a_chip_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome("doctor", "--target", "gfx1151", "--model", "qwen3.5-27b") == 0
+    out = capsys.readouterr().out
+    for words in ("Strix Halo", "256 GB/s as published", "linear.gemv", "kernel (Triton)", "memory plan", "at most"):
+        assert words in out
+    assert outcome("doctor", "--target", "gfx1100", "--model", "qwen3.5-27b") == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_doctor_compiles_and_fails_on_a_violation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    from tritium.ops.kernels.matrix import Compiled
+
+    wrong = Compiled("gfx1151", "linear._one", "", violations=("spills 3",))
+    found = [Compiled("sm_90", "norm._rms_norm", "bf16"), wrong]
+    asked: list[Any] = []
+    monkeypatch.setattr("tritium.bench.matrix.run", lambda *args: asked.append(args) or [(2, one) for one in found])
+    assert outcome("doctor", "--compile", "sm_90,gfx1151", "--models", "qwen3.5-27b", "-q") == 1
+    out = capsys.readouterr().out
+    assert asked == [(["sm_90", "gfx1151"], ["qwen3.5-27b"])]
+    assert "! spills 3" in out
+    assert "2 kernels in their configurations, 1 in violation" in out
+    found.pop()
+    assert outcome("doctor", "--compile", "all", "-q") == 0
+    assert outcome("doctor", "--compile", "sm_99", "-q") == 2
+
+
 def test_serve_passes_on_what_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
     monkeypatch.setattr("tritium.server.serve", lambda config, settings: told.update(settings=settings, config=config))

@@ -8,6 +8,7 @@ import pytest
 
 from tritium.core import ConfigError
 from tritium.hw import probe
+from tritium.hw.driver import SharedMemory, driver_version, shared_memory
 from tritium.hw.host import available_cores, host_memory
 
 GIB = 1 << 30
@@ -96,3 +97,40 @@ def test_a_gpu_is_described_by_what_it_can_do() -> None:
     assert target.cores == torch.cuda.get_device_properties(0).multi_processor_count
     with pytest.raises(ConfigError, match="numbered from 0"):
         probe(f"cuda:{torch.cuda.device_count()}")
+
+
+def apu(root: Path, gtt: int, vram: int, pages: int) -> Path:
+    card = "sys/class/drm/card1/device"
+    files = {f"{card}/mem_info_gtt_total": gtt, f"{card}/mem_info_vram_total": vram}
+    return machine(root, {**files, "sys/module/ttm/parameters/pages_limit": pages})
+
+
+def test_an_apu_that_may_map_little_of_the_memory_is_told_what_to_set(tmp_path: Path) -> None:
+    found = shared_memory(apu(tmp_path, gtt=4 * GIB, vram=512 << 20, pages=GIB // 4096))
+    assert found == SharedMemory(machine=16 * GIB, carved_out=512 << 20, gtt=4 * GIB, limit=GIB)
+    assert found.usable == GIB
+    pages = 8 * GIB // 4096
+    assert found.advice == f"boot Linux with ttm.pages_limit={pages} ttm.page_pool_size={pages}"
+
+
+def test_an_apu_whose_memory_the_bios_keeps_is_told_so(tmp_path: Path) -> None:
+    found = shared_memory(apu(tmp_path, gtt=8 * GIB, vram=16 * GIB, pages=2**40))
+    assert found is not None
+    assert "BIOS" in found.advice
+    assert f"ttm.pages_limit={(16 + 16 - 8) * GIB // 4096 - GIB // 2 // 4096}" in found.advice
+
+
+def test_an_apu_that_may_map_most_needs_nothing(tmp_path: Path) -> None:
+    found = shared_memory(apu(tmp_path, gtt=15 * GIB, vram=512 << 20, pages=0))
+    assert found is not None
+    assert found.advice == ""
+    assert shared_memory(machine(tmp_path / "none", {})) is None
+
+
+def test_the_driver_as_linux_tells_it(tmp_path: Path) -> None:
+    line = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Release Build"
+    assert driver_version(machine(tmp_path / "a", {"proc/driver/nvidia/version": line})) == "NVIDIA 580.159.04"
+    assert driver_version(machine(tmp_path / "b", {"sys/module/amdgpu/version": "6.16.6\n"})) == "amdgpu 6.16.6"
+    files = {"sys/module/amdgpu/refcnt": 1, "proc/sys/kernel/osrelease": "6.18.1"}
+    assert driver_version(machine(tmp_path / "c", files)) == "amdgpu of Linux 6.18.1"
+    assert driver_version(machine(tmp_path / "d", {})) == ""

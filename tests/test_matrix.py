@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import kernel_lane
 import triton
 import triton.language as tl
 
@@ -19,8 +20,6 @@ from tritium.bench import matrix
 from tritium.hw import NAMED, named
 from tritium.ops.kernels.launch import launch, recorded
 from tritium.ops.kernels.matrix import Compiled, Job, compile_all, occupancy, violations
-
-STEPS = (matrix.Step(decode=1), matrix.Step(decode=8, drafts=3), matrix.Step(decode=8, prefill=504))
 
 
 @triton.jit
@@ -129,3 +128,23 @@ def test_occupancy(arch: str, registers: int, shared: int, warps: int, share: fl
 
 def test_the_table_of_chips_is_whole() -> None:
     assert all(occupancy(arch, registers=32, shared=0, num_warps=4) == 1 for arch in NAMED)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942", "gfx1151", "gfx1201"])
+def test_what_ships_compiles_within_the_limits(arch: str) -> None:
+    """Every op in every shipped configuration; `make matrix` adds every size, and the other targets."""
+    found = [each for _, each in matrix.run([arch], sample=True, workers=1)]
+    assert {each.kernel.partition(".")[0] for each in found} >= {
+        "attention", "attention_inputs", "delta_net", "feed", "gdn_chunk", "linear", "mlp", "moe", "moe_grouped",
+        "norm", "sampling",
+    }  # fmt: skip
+    wrong = [matrix.line(each) for each in found if each.violations]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_op_with_a_kernel_is_launched() -> None:
+    """What no step of the family launches would never be compiled."""
+    launched = {launch.kernel.__module__ for model in matrix.MODELS for _, launch in matrix.launches(model, "gfx1151")}
+    modules = {f"tritium.ops.kernels.{op.launcher.partition(':')[0]}" for op in kernel_lane.all_ops() if op.launcher}
+    assert modules <= launched, modules - launched

@@ -20,6 +20,7 @@ from tritium.models.decoder import Decoder, allocate_caches
 from tritium.models.families import FAMILY, family_config
 from tritium.models.parameters import parameter_shapes
 from tritium.nn.batch import ForwardBatch
+from tritium.ops.feed import ENDS, HEADER, feed
 from tritium.ops.sampling import Edits, logprobs, sample
 from tritium.ops.spans import SHORT, Spans
 
@@ -109,18 +110,24 @@ def _run(decoder: Decoder, caches: list[Any], batch: ForwardBatch) -> None:
             min_p_S=column(real), seed_S=column(whole), position_S=column(whole), edits=edited, allowed_SW=allowed,
         )  # fmt: skip
     logprobs(logits_SV=logits_SV, token_S=column(whole), k=20)
+    rows = batch.spans.num_rows
+    if batch.spans.num_short == rows:  # a graph's step, which may be fed with ids that the host does not know
+        per_row = batch.spans.num_tokens // rows
+        host_HR = torch.empty(HEADER + per_row + ENDS, rows, dtype=torch.int32, device=_META)
+        drawn, next_S = column(whole, 512), column(whole, rows * per_row)
+        feed(host_HR=host_HR, drawn_D=drawn, table=batch.spans.table, ids_T=batch.ids_T, next_S=next_S)
     if decoder.mtp is not None:
         decoder.draft_hidden(hidden_TH, batch.ids_T, replace(batch.spans, drafts=(), snapshots=()), caches[-1])
 
 
 _COLUMNS = "{:<8} {:<34} {:>5} {:>6} {:>5} {:>6} {:>8} {:>5} {:>6}  {}"
-HEADER = _COLUMNS.format(
+TITLES = _COLUMNS.format(
     "target", "kernel", "warps", "stages", "regs", "spills", "shared", "occ", "s", "matrix instructions, configuration"
 )
 
 
 def line(found: Compiled) -> str:
-    """One row below `HEADER`."""
+    """One row below `TITLES`."""
     cells = (found.arch, found.kernel, found.num_warps, found.num_stages, found.registers, found.spills, found.shared,
              f"{found.occupancy:.0%}", f"{found.seconds:.1f}", f"{found.dots or '-'}  {found.settings}")  # fmt: skip
     wrong = "".join(f"\n         ! {violation}" for violation in found.violations)
@@ -128,16 +135,20 @@ def line(found: Compiled) -> str:
 
 
 def run(
-    arches: Sequence[str], models: Sequence[str] = MODELS, steps: Sequence[Step] = STEPS, *, cache: Path | None = CACHE
+    arches: Sequence[str], models: Sequence[str] = MODELS, *, sample: bool = False, workers: int = 0,
+    cache: Path | None = CACHE,
 ) -> Iterator[tuple[int, Compiled]]:
-    """(how many there are in all, one of them) as they are done."""
+    """(how many there are in all, one of them) as they are done. `sample`: of the launches of a form of a kernel with
+    the same launch parameters only the last, of the largest model. `workers`: processes; 0: one a core."""
     from tritium.ops.kernels.matrix import Job, compile_all
 
-    jobs = {}
+    jobs: dict[object, Job] = {}
     for arch in arches:
         for model in models:
-            for _, launch in launches(model, arch, steps):
+            for _, launch in launches(model, arch):
                 job = Job.of(launch, arch)
-                jobs[job.key] = job
-    for found in compile_all(jobs.values(), workers=available_cores(), cache=cache):
-        yield len(jobs), found
+                form = tuple(value for value in launch.options.values() if isinstance(value, bool))
+                jobs[(arch, launch.kernel, launch.entries, form) if sample else job.key] = job
+    wanted = {job.key: job for job in jobs.values()}
+    for found in compile_all(wanted.values(), workers=workers or available_cores(), cache=cache):
+        yield len(wanted), found

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from tritium.hw import Target
 
 
+CONTEXTS = (4096, 32_768, 131_072, 262_144)
+
+
 @click.command()
 @click.option("--compile", "arches", metavar="ARCHES", help="Compile every kernel as the family launches it for these "
               "chips (gfx1151,sm_90,... or all), which need not be here, and report; 1 if one breaks a limit.")
 @click.option("--models", metavar="NAMES", help="With --compile: members of the family, separated by commas.")
+@click.option("--target", "arch", metavar="ARCH", help="Ask about a chip that is not here (gfx1151, sm_90, ...).")
 @options.engine_flags
-def doctor(arches: str | None, models: str | None, **flags: Any) -> int:
+def doctor(arches: str | None, models: str | None, arch: str | None, **flags: Any) -> int:
     """Report the machine, the ops, the memory plan of a model, and problems (then the exit code is 1)."""
     if arches:
         return compile_matrix(arches.split(","), models.split(",") if models else None, progress=not flags["quiet"])
@@ -32,29 +36,45 @@ def doctor(arches: str | None, models: str | None, **flags: Any) -> int:
 
     from importlib.metadata import version
 
-    from tritium.hw import probe
+    from tritium.hw import named, probe
 
     torch = version("torch")
     click.echo(f"tritium {tritium.__version__}, Python {platform.python_version()}, torch {torch}")
     problems: list[TritiumError] = []
     try:
-        target = probe(config.device)
+        target = named(arch) if arch else probe(config.device)
     except ConfigError as error:
         problems.append(error)
         target = probe("cpu")
-    click.echo(machine(target))
+    click.echo(machine(target, here=not arch))
     click.echo("ops\n" + "\n".join(f"  {name:<24}{form}" for name, form in op_forms(target.kind)))
+    if target.is_gpu:
+        click.echo("launch parameters\n" + parameters(target))
     try:
         click.echo(f"{config.model}\n{plan(config, target)}")
     except TritiumError as error:
         problems.append(error)
-    if target.kind == "cpu" and (driver := next(filter(os.path.exists, ("/dev/nvidiactl", "/dev/kfd")), None)):
-        hint = "install the build of torch for your GPU"
-        problems.append(ConfigError(f"there is a GPU driver ({driver}), but torch {torch} sees no GPU", hint=hint))
+    problems += [] if arch else trouble(target, torch)
     click.echo("no problems found" if not problems else f"{len(problems)} problem(s) found")
     for problem in problems:
         click.echo(f"  {problem.message}\n    hint: {problem.hint}")
     return int(bool(problems))
+
+
+def trouble(target: Target, torch: str) -> list[TritiumError]:
+    """What on this machine keeps a GPU from being used, or from using its memory."""
+    from tritium.engine.memory_plan import size
+    from tritium.hw.driver import shared_memory
+
+    found: list[TritiumError] = []
+    if target.kind == "cpu" and (driver := next(filter(os.path.exists, ("/dev/nvidiactl", "/dev/kfd")), None)):
+        hint = "install the build of torch for your GPU"
+        found.append(ConfigError(f"there is a GPU driver ({driver}), but torch {torch} sees no GPU", hint=hint))
+    memory = shared_memory() if "unified_memory" in target.features else None
+    if memory and memory.advice:
+        usable = f"the GPU may map {size(memory.usable)} of {size(memory.machine)}"
+        found.append(ConfigError(usable, hint=memory.advice))
+    return found
 
 
 def compile_matrix(arches: list[str], models: list[str] | None, *, progress: bool) -> int:
@@ -69,7 +89,7 @@ def compile_matrix(arches: list[str], models: list[str] | None, *, progress: boo
     if find_spec("triton") is None:
         raise ConfigError("--compile needs Triton, which is not installed", hint="pip install triton")
     arches = list(NAMED) if arches == ["all"] else [named(arch).arch for arch in arches]
-    click.echo(matrix.HEADER)
+    click.echo(matrix.TITLES)
     done = wrong = 0
     bar = tqdm(unit="kernel", disable=not progress)
     for bar.total, found in matrix.run(arches, models or matrix.MODELS):
@@ -82,11 +102,14 @@ def compile_matrix(arches: list[str], models: list[str] | None, *, progress: boo
     return int(bool(wrong))
 
 
-def machine(target: Target) -> str:
+def machine(target: Target, *, here: bool = True) -> str:
     """The device, as aligned lines."""
     from tritium.engine.memory_plan import size
+    from tritium.hw.driver import driver_version, shared_memory
 
     memory = f"{size(target.memory_total)}, {size(target.memory_available)} available"
+    if target.bandwidth:
+        memory += f", {target.bandwidth / 1e9:,.0f} GB/s as published"
     rows = {
         "device": f"{target.device}: {target.name} ({target.arch})",
         "cores": f"{target.cores}",
@@ -95,24 +118,62 @@ def machine(target: Target) -> str:
     }
     if target.is_gpu:
         rows["workgroup"] = f"{size(target.shared_memory_per_workgroup)} shared, warps of {target.warp_size}"
+    if target.is_gpu and here:
+        rows["driver"] = driver_version() or "not found"
+    if here and "unified_memory" in target.features and (shared := shared_memory()):
+        limit = f", pages_limit {size(shared.limit)}" if shared.limit else ""
+        rows["shared"] = f"{size(shared.carved_out)} set aside by the BIOS, GTT {size(shared.gtt)}{limit}"
     return "\n".join(f"  {name:<10}{value}" for name, value in rows.items())
 
 
 def op_forms(kind: str) -> list[tuple[str, str]]:
-    """Every op and the form that serves it on a device of `kind`."""
+    """Every op, and the form that serves it on a device of `kind`, with why where that is the slower one."""
+    from importlib.util import find_spec
+
     from tritium import ops
     from tritium.ops.spec import Op
 
     found: dict[str, str] = {}
     for module in pkgutil.iter_modules(ops.__path__):
-        members = vars(importlib.import_module(f"{ops.__name__}.{module.name}")).values()
-        found |= {op.spec.name: op.form(kind) for op in members if isinstance(op, Op)}
+        for op in vars(importlib.import_module(f"{ops.__name__}.{module.name}")).values():
+            if isinstance(op, Op):
+                why = "" if kind == "cpu" else ": it has no kernel" if not op.launcher else ""
+                missing = "" if kind == "cpu" or find_spec("triton") else ": Triton is not installed"
+                found[op.spec.name] = op.form(kind) + (why or missing)
     return sorted(found.items())
 
 
-def plan(config: EngineConfig, target: Target) -> str:
-    """The memory plan of the model, which is not loaded."""
-    from tritium.engine.memory_plan import plan_memory
-    from tritium.models.checkpoint import find_checkpoint
+def parameters(target: Target) -> str:
+    """Where the launch parameters of each kernel come from: the chip's file, or the one for all."""
+    from tritium.hw.tuned import table
 
-    return plan_memory(find_checkpoint(config, weights=False).config, config, target).table()
+    own, shared = table(target.arch), table("default")
+    lines = []
+    for name in sorted({*own, *shared}):
+        sizes = own.get(name) or shared[name]
+        where = f"{target.arch if name in own else 'default'}.json"
+        keys = "any size" if sizes == sizes[:1] and not sizes[0]["key"] else f"{len(sizes)} sizes, the nearest serves"
+        lines.append(f"  {name:<24}{where:<16}{keys}")
+    return "\n".join(lines)
+
+
+def plan(config: EngineConfig, target: Target) -> str:
+    """The memory plan of the model, which is not loaded; on a GPU also what would fit, and how fast it may decode."""
+    from tritium.engine.memory_plan import compute_dtype, fits, plan_memory
+    from tritium.models.checkpoint import find_checkpoint
+    from tritium.models.parameters import ITEM_BYTES
+
+    model = find_checkpoint(config, weights=False).config
+    text = plan_memory(model, config, target).table()
+    if not target.is_gpu:
+        return text
+
+    from tritium.bench.ceilings import step_bytes
+
+    lines = [text, "  tokens      requests at once" + ("  tokens/s of one, at most" if target.bandwidth else "")]
+    for context in CONTEXTS:
+        if context <= model.max_position:
+            speed = target.bandwidth / step_bytes(model, 1, context, ITEM_BYTES[compute_dtype(model, config, target)])
+            lines.append(f"  {context:<11,} {fits(model, config, target, context):>16,}"
+                         + (f"  {speed:.1f}" if target.bandwidth else ""))
+    return "\n".join(lines)

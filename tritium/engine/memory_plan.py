@@ -161,6 +161,17 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
     )
 
 
+def fits(config: ModelConfig, engine: EngineConfig, target: Target, context: int) -> int:
+    """Requests of `context` tokens that fit at once, at most: with nothing left for a prefix cache."""
+    dtype = compute_dtype(config, engine, target)
+    width, asked = ITEM_BYTES[dtype], engine.max_model_len or config.max_position
+    drafts = Speculation.parse(engine.speculate).possible(config.mtp_layers > 0).most
+    fixed, per_row = workspace_bytes(config, engine.batched_tokens(target.is_gpu), max(asked, context), width, drafts)
+    per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width, drafts)
+    left = _budget(engine, target) - weight_bytes(config, dtype) - fixed - per_page - per_slot
+    return max(0, left // (per_row + per_slot + pages_for(context) * per_page))
+
+
 def compute_dtype(config: ModelConfig, engine: EngineConfig, target: Target) -> str:
     """The dtype asked for; auto is the checkpoint's on a GPU and float32 on a CPU."""
     if engine.dtype != "auto":

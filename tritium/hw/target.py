@@ -58,6 +58,8 @@ class Target:
     """Bytes available beside a GPU; 0 where it has no memory of its own."""
     warp_size: int = 0
     shared_memory_per_workgroup: int = 0
+    bandwidth: int = 0
+    """Bytes a second of its memory as published; 0 where nobody says."""
 
     @property
     def is_gpu(self) -> bool:
@@ -65,27 +67,29 @@ class Target:
 
 
 _CHIPS = {
-    "sm_80": ("NVIDIA A100", 108, 166_912, 32),
-    "sm_90": ("NVIDIA H100 / H200", 132, 232_448, 32),
-    "sm_120": ("NVIDIA RTX 5090", 170, 101_376, 32),
-    "gfx942": ("AMD Instinct MI300X", 304, 65_536, 64),
-    "gfx950": ("AMD Instinct MI355X", 256, 163_840, 64),
-    "gfx1100": ("AMD Radeon RX 7900 XTX", 96, 65_536, 32),
-    "gfx1151": ("AMD Radeon 8060S (Strix Halo)", 40, 65_536, 32),
-    "gfx1201": ("AMD Radeon RX 9070 XT", 64, 65_536, 32),
+    "sm_80": ("NVIDIA A100", 108, 166_912, 32, 80, 2039),
+    "sm_90": ("NVIDIA H100 / H200", 132, 232_448, 32, 141, 4800),
+    "sm_120": ("NVIDIA RTX 5090", 170, 101_376, 32, 32, 1792),
+    "gfx942": ("AMD Instinct MI300X", 304, 65_536, 64, 192, 5300),
+    "gfx950": ("AMD Instinct MI355X", 256, 163_840, 64, 288, 8000),
+    "gfx1100": ("AMD Radeon RX 7900 XTX", 48, 65_536, 32, 24, 960),
+    "gfx1151": ("AMD Radeon 8060S (Strix Halo)", 20, 65_536, 32, 128, 256),
+    "gfx1201": ("AMD Radeon RX 9070 XT", 32, 65_536, 32, 16, 640),
 }
-"""Architecture: a chip that has it, its multiprocessors, shared memory of a workgroup in bytes, and warp size, as the
-vendors publish them (CUDA programming guide, table of compute capabilities; AMD's GPU hardware specifications)."""
+"""Architecture: a chip that has it (sm_90: the H200), its multiprocessors, shared memory of a workgroup in bytes, warp
+size, GiB of memory (Strix Halo: of the whole machine, at most) and GB/s, as the vendors publish them (CUDA programming
+guide, table of compute capabilities; AMD's GPU hardware specifications; data sheets). On RDNA a multiprocessor is a
+workgroup processor, two compute units, which is what HIP counts (github.com/ROCm/hip/issues/3767)."""
 
 NAMED = tuple(_CHIPS)
 """Architectures that ship with launch parameters and are compiled for where there is no GPU."""
 
 
 def named(arch: str) -> Target:
-    """A GPU that need not be here, without memory. Raises `ConfigError` for an architecture that is not in `NAMED`."""
+    """A GPU that need not be here, all of its memory free. Raises `ConfigError` for one that is not in `NAMED`."""
     if arch not in _CHIPS:
         raise ConfigError(f"{arch} is not a target that Tritium knows", hint=", ".join(NAMED))
-    name, cores, shared, warp = _CHIPS[arch]
+    name, cores, shared, warp, memory, speed = _CHIPS[arch]
     if arch.startswith("gfx"):
         features = _hip_features(arch) | ({"unified_memory"} if arch == "gfx1151" else set())
     else:
@@ -96,11 +100,12 @@ def named(arch: str) -> Target:
         name=name,
         arch=arch,
         cores=cores,
-        memory_total=0,
-        memory_available=0,
+        memory_total=memory << 30,
+        memory_available=memory << 30,
         features=frozenset(features),
         warp_size=warp,
         shared_memory_per_workgroup=shared,
+        bandwidth=speed * 10**9,
     )
 
 

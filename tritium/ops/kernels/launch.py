@@ -6,6 +6,7 @@ the meta device, where `recorded` notes what would be launched, for the compile 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tritium.hw import Target, named, probe
-from tritium.hw.tuned import launch_parameters
+from tritium.hw.tuned import choice, launch_parameters
 
 PDL_OFF, PDL_AFTER_WAIT, PDL_AFTER_LOOP = 0, 1, 2
 """Dependent launch: none; let the next kernel start as soon as this one's inputs are there; or when its loop is done.
@@ -51,12 +52,15 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: Mapping[str, Any]
+    entries: tuple[str, ...]
+    """Entries of launch parameters that were asked for since the launch before: file, op, key, and how it was found."""
 
 
 @dataclass
 class _Recording:
     target: Target
     launches: list[Launch] = field(default_factory=list)
+    entries: list[str] = field(default_factory=list)
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
@@ -99,7 +103,10 @@ def _probed(device: str) -> Target:
 def parameters(op: str, x: torch.Tensor, **key: int) -> dict[str, Any]:
     """Launch parameters of `op` on the device of `x` for these sizes; `pdl` is 0 where the device has no dependent
     launch."""
-    target = target_of(x)
+    target, recording = target_of(x), _recording.get()
+    if recording is not None:
+        entry = choice(op, target, key)
+        recording.entries.append(f"{entry['file']}: {op} {json.dumps(entry['key'])} {entry['how']}")
     found = launch_parameters(op, target, tuple(sorted(key.items())))
     return dict(found) if "dependent_launch" in target.features else {**found, "pdl": PDL_OFF}
 
@@ -109,7 +116,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: int = PDL_O
     maxnreg. The kernel has a constexpr `pdl`."""
     recording = _recording.get()
     if recording is not None:
-        recording.launches.append(Launch(kernel, grid, arguments, {**options, "pdl": pdl}))
+        entries = tuple(recording.entries)
+        recording.launches.append(Launch(kernel, grid, arguments, {**options, "pdl": pdl}, entries))
+        recording.entries.clear()
         return
     if pdl:
         options["launch_pdl"] = True
