@@ -16,6 +16,8 @@ import torch
 from tritium.core import Site, TokenLogprob
 from tritium.ops.sampling import Edits, logprobs, sample
 
+_REAL = ("temperature", "top_p", "min_p")
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -36,23 +38,15 @@ class Sampler:
         """Row i of the float logits belongs to rows[i]; they are left as they are. Waits for the device."""
         if not rows:
             return []
-        device, asked = logits_SV.device, [row.sampling for row in rows]
-
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
+        vocab, device = logits_SV.shape[-1], logits_SV.device
         token_S, finite_S = sample(
             logits_SV=logits_SV,
-            temperature_S=column([s.temperature for s in asked], torch.float64),
-            top_k_S=column([s.top_k for s in asked], torch.int64),
-            top_p_S=column([s.top_p for s in asked], torch.float64),
-            min_p_S=column([s.min_p for s in asked], torch.float64),
-            seed_S=column([row.seed for row in rows], torch.int64),
-            position_S=column([row.position for row in rows], torch.int64),
-            edits=_edits(rows, logits_SV.shape[-1], device),
-            allowed_SW=_allowed(rows, logits_SV.shape[-1], device),
+            **_columns(rows, device),
+            edits=_edits(rows, vocab, device),
+            allowed_SW=_allowed(rows, vocab, device),
         )
-        tokens = [token if ok else None for token, ok in zip(token_S.tolist(), finite_S.tolist())]
+        drawn = torch.where(finite_S, token_S, -1).tolist()  # the one thing that is waited for
+        tokens = [token if token >= 0 else None for token in drawn]
         told = self._logprobs(rows, logits_SV, tokens)
         return [Sampled(token, told.get(i)) for i, token in enumerate(tokens)]
 
@@ -86,6 +80,16 @@ def _token_logprobs(logits_SV: torch.Tensor, tokens: Sequence[int], counts: Sequ
     ]
 
 
+def _columns(rows: Sequence[Site], device: torch.device) -> dict[str, torch.Tensor]:
+    """Sampling parameters as `sample` takes them, in one copy to the device."""
+    asked = [row.sampling for row in rows]
+    real_3S = torch.tensor([[getattr(s, name) for s in asked] for name in _REAL], dtype=torch.float64)
+    whole = [s.top_k for s in asked], [row.seed for row in rows], [row.position for row in rows]
+    both_6S = torch.cat([real_3S.view(torch.int64), torch.tensor(whole)]).to(device, non_blocking=True)
+    names = (*_REAL, "top_k", "seed", "position")
+    return {f"{name}_S": x if i >= 3 else x.view(torch.float64) for i, (name, x) in enumerate(zip(names, both_6S))}
+
+
 def _allowed(rows: Sequence[Site], vocab: int, device: torch.device) -> torch.Tensor | None:
     """What the rows' constraints allow, 32 tokens a word; None where no row has any. On a GPU the host works this out
     while the forward pass runs."""
@@ -94,7 +98,7 @@ def _allowed(rows: Sequence[Site], vocab: int, device: torch.device) -> torch.Te
         return None
     size = 4 * -(-vocab // 32)
     packed = bytearray().join(b"\xff" * size if mask is None else mask[:size] for mask in masks)
-    return torch.frombuffer(packed, dtype=torch.int32).view(len(rows), -1).to(device)
+    return torch.frombuffer(packed, dtype=torch.int32).view(len(rows), -1).to(device, non_blocking=True)
 
 
 def _edits(rows: Sequence[Site], vocab: int, device: torch.device) -> Edits | None:
@@ -110,8 +114,9 @@ def _edits(rows: Sequence[Site], vocab: int, device: torch.device) -> Edits | No
         changes += chain.from_iterable(edits.values())
     if not ids:
         return None
-    row_E, id_E = torch.tensor(index + ids, dtype=torch.int64, device=device).view(2, -1)
-    return Edits(row_E, id_E, *torch.tensor(changes, dtype=torch.float64, device=device).view(-1, 3).unbind(-1))
+    row_E, id_E = torch.tensor([index, ids]).to(device, non_blocking=True)
+    change_E3 = torch.tensor(changes, dtype=torch.float64).view(-1, 3).to(device, non_blocking=True)
+    return Edits(row_E, id_E, *change_E3.unbind(-1))
 
 
 def _row_edits(row: Site) -> dict[int, tuple[float, float, float]]:

@@ -129,6 +129,7 @@ def _peaks(logits, allowed, best, state, tally, temperature, stride, words, V: t
 def _weigh(logits, allowed, best, state, tally, sums, token, finite, temperature, top_k, top_p, min_p, stride, words,
            V: tl.constexpr, B: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
            pdl: tl.constexpr):  # fmt: skip
+    SPAN: tl.constexpr = 32 if ALL > 32 else ALL
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b = tl.arange(0, ALL)
     wait_for_inputs(pdl)
@@ -147,7 +148,11 @@ def _weigh(logits, allowed, best, state, tally, sums, token, finite, temperature
             floor = tl.maximum(tl.ceil(tl.load(min_p + row) * _ONE).to(tl.int64), 1)
             if (k > 0) & (k < B):
                 x = tl.where(b < B, _logit(key), float("-inf"))
-                ahead = tl.sum((x[None, :] > x[:, None]).to(tl.int32), 1)
+                ahead = tl.zeros([ALL], tl.int32)
+                for start in range(0, ALL, SPAN):
+                    other = start + tl.arange(0, SPAN)
+                    theirs = _logit(tl.load(best + row * B + other, mask=other < B, other=0))
+                    ahead += tl.sum(((theirs[None, :] > x[:, None]) & (other < B)[None, :]).to(tl.int32), 1)
                 bound = tl.min(tl.where((ahead < k) & (b < B), x, float("inf")))
                 floor = tl.maximum(floor, _weight(bound, peak, heat))
             total = tl.full((), 0, tl.int64)
@@ -424,7 +429,7 @@ def _survey(logits, token, best, sums, ahead, stride, V: tl.constexpr, B: tl.con
 @triton.jit
 def _likeliest(logits, token, best, sums, ahead, logprob, rank, top, top_logprob, stride, K, V: tl.constexpr,
                B: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """Of a row: what its blocks add up to; then K times the largest key, in whose block the next one takes its place."""
+    """Of a row: what its blocks add up to; then K times the largest key, whose block gives its next in its place."""
     row = tl.program_id(0).to(tl.int64)
     b = tl.arange(0, ALL)
     wait_for_inputs(pdl)
