@@ -134,9 +134,8 @@ def _merged(x, below, B: tl.constexpr, n: tl.constexpr, precision: tl.constexpr)
 
 @triton.jit
 def _inverse(x, precision: tl.constexpr):
-    """(I + x)^-1 for x strictly lower triangular, 64 x 64, float32: blocks of 8 as (I - x)(I + x^2)(I + x^4), then merges.
-
-    Powers may grow far beyond the inverse: C(7, 3) = 35 times in a block of 8, 6435 times in one of 16.
+    """(I + x)^-1 for x strictly lower triangular, 64 x 64, float32: blocks of 8 as (I - x)(I + x^2)(I + x^4), then
+    merges. Powers may grow far beyond the inverse: C(7, 3) = 35 times in a block of 8, 6435 times in one of 16.
     """
     halves, below_32 = _quartered(tl.reshape(x, (1, 64, 64)), 1, 32)
     blocks, below_16 = _quartered(halves, 2, 16)
