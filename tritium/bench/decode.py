@@ -174,7 +174,7 @@ def _timed(engine: Engine, rows: int, context: int, steps: int, rounds: int, cei
     graphs = getattr(engine.runner, "graphs", None)
     _run(engine, WARM_UP)
     if graphs is not None:
-        graphs.gaps.clear()
+        engine.runner.gaps.clear()
     with _replayed() as replayed:
         runs = [_run(engine, steps) for _ in range(rounds)]
     seconds, tokens = (middle([run[i] / steps for run in runs]) for i in (0, 1))
@@ -189,7 +189,7 @@ def _timed(engine: Engine, rows: int, context: int, steps: int, rounds: int, cei
 
         device = seconds_of(once, engine.runner.model.device)
         found |= {"device_ms": 1e3 * device, "host_us": 1e6 * (seconds - device),
-                  "gap_us": 1e6 * middle(graphs.gap_seconds())}
+                  "gap_us": 1e6 * middle(engine.runner.gaps)}
     clear(engine, [Request(str(i), [], SamplingParams(), 0) for i in range(rows)])
     moved = step_bytes(engine.model_config, rows, context, engine.runner.model.dtype.itemsize)
     return found | {

@@ -21,6 +21,7 @@ from tritium.cli.doctor import doctor
 from tritium.cli.evaluate import evaluate
 from tritium.cli.generate import generate
 from tritium.cli.serve import serve
+from tritium.cli.tune import tune
 from tritium.core import CapacityError, ConfigError, RequestError, TritiumError
 
 
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (serve, chat, generate, evaluate, bench, doctor):
+for command in (serve, chat, generate, evaluate, bench, tune, doctor):
     cli.add_command(command)
 
 

@@ -11,7 +11,6 @@ Shapes: R rows, Q tokens a row, S = T = R Q draws, P pages of a row at most, H c
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +35,8 @@ class _Step:
     rows: int
     tokens: int
     graph: torch.cuda.CUDAGraph
+    batch: ForwardBatch
+    """Kept because the graph reads and fills it."""
     host_BHR: torch.Tensor
     """Pinned; B buffers."""
     host_HR: torch.Tensor
@@ -58,9 +59,16 @@ class Replay:
     began: torch.cuda.Event
     ended: torch.cuda.Event
     copied: torch.cuda.Event
+    before: torch.cuda.Event | None
+    """End of the step before, where this one was launched while it ran."""
+    gap_seconds: float | None = None
+    """How long the device waited between the two, known once this one has ended."""
 
     def wait(self) -> list[list[int | None]]:
         self.copied.synchronize()
+        if self.before is not None:
+            self.gap_seconds = self.before.elapsed_time(self.began) / 1e3
+            self.before = None
         tokens, finite = self.results_2S.tolist()
         found = [token if ok else None for token, ok in zip(tokens, finite)]
         width = self.step.tokens
@@ -96,8 +104,6 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._steps: dict[tuple[int, int], _Step] = {}
         self._last: Replay | None = None
-        self.gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=1024)
-        """End of a graph and start of the next, where this was launched before the other was waited for."""
         # The largest first: the smaller ones then fit into the memory that its capture took.
         with torch.inference_mode():
             for rows in reversed(self.rows):
@@ -138,14 +144,15 @@ class Graphs:
         results_2S = step.results_B2S[step.turn]
         results_2S.view(-1).copy_(self._drawn_D[: results_2S.numel()], non_blocking=True)
         copied.record()
-        if self._last and any(row.ids == (AHEAD,) for row in plan.rows):
-            self.gaps.append((self._last.ended, began))
-        self._last = Replay(step, plan, results_2S, began, ended, copied)
+        before = self._last.ended if self._last and any(row.ids == (AHEAD,) for row in plan.rows) else None
+        self._last = Replay(step, plan, results_2S, began, ended, copied, before)
         return self._last
 
-    def gap_seconds(self) -> list[float]:
-        """Idle time of the device between the last steps that were planned ahead; all must have ended."""
-        return [ended.elapsed_time(began) / 1e3 for ended, began in self.gaps]
+    @torch.inference_mode()
+    def capture_again(self, rows: int, tokens: int) -> None:
+        """For tuning: one graph anew, with the launch parameters of now."""
+        self._steps.pop((rows, tokens), None)
+        self._steps[rows, tokens] = self._captured(rows, tokens)
 
     def _columns(self, step: _Step, rows: Sequence[RowPlan]) -> list[int]:
         out: list[int] = []
@@ -206,9 +213,11 @@ class Graphs:
         host_HR[7:9] = -1
         ids_T = torch.zeros(draws, dtype=torch.int64, device=device)
 
+        batch = ForwardBatch(ids_T, spans, ids_T)
+
         def body() -> torch.Tensor:
             feed(host_HR=host_HR, drawn_D=self._drawn_D, table=table, ids_T=ids_T, next_S=columns["position_S"])
-            hidden_TH = self.model.forward(ForwardBatch(ids_T, spans, ids_T), self.caches)
+            hidden_TH = self.model.forward(batch, self.caches)
             token_S, finite_S = sample(logits_SV=self.model.logits(hidden_TH), **columns)
             torch.cat([token_S, finite_S], out=self._drawn_D[: 2 * draws])
             return hidden_TH
@@ -222,8 +231,9 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             hidden_TH = body()
         return _Step(
-            rows, tokens, graph, torch.zeros(_BUFFERS, height, rows, dtype=torch.int32, pin_memory=True), host_HR,
-            columns, hidden_TH, torch.zeros(_BUFFERS, 2, draws, dtype=torch.int64, pin_memory=True),
+            rows, tokens, graph, batch,
+            torch.zeros(_BUFFERS, height, rows, dtype=torch.int32, pin_memory=True), host_HR, columns, hidden_TH,
+            torch.zeros(_BUFFERS, 2, draws, dtype=torch.int64, pin_memory=True),
         )  # fmt: skip
 
 

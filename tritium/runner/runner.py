@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from tritium.core import RowPlan, RowResult, Site, StepPlan, StepResult, TokenLogprob
 from tritium.draft import mtp
+from tritium.hw.tuned import Key, trial
 from tritium.models.decoder import Decoder
 from tritium.nn.batch import AttentionCache, ForwardBatch, LayerCache
 from tritium.ops.sampling import sample
@@ -48,8 +51,10 @@ class Runner:
         self.graphs: Graphs | None = None
         """Decode steps; without them, and for all other steps, ops are launched one by one."""
         self.observer: Observer | None = None
-        self.seconds = {"prepare": 0.0, "forward": 0.0, "sample": 0.0, "draft": 0.0}
-        """Time spent in each phase since the start."""
+        self.seconds = {"prepare": 0.0, "forward": 0.0, "sample": 0.0, "draft": 0.0, "gap": 0.0}
+        """Time spent in each phase since the start; gap: the device waited between two graphs."""
+        self.gaps: deque[float] = deque(maxlen=1024)
+        """The last of these, in seconds."""
 
     @torch.inference_mode()
     def compile(self, max_rows: int, drafts: int, workers: int) -> None:
@@ -59,24 +64,39 @@ class Runner:
 
         rows, tokens = sizes(max_rows, drafts)
         steps = [(n,) * r for r in rows for n in tokens] + [(1,) * r + (n,) for r in (0, 1, 2) for n in _PROMPTS]
-        config, device = self.model.config, self.model.device
-        layers = [config.layer_types.index(kind) for kind in dict.fromkeys(config.layer_types)]
         with compiled_ahead(workers):
             for lengths in steps:
-                nothing = (0,) * len(lengths)
-                spans = Spans(lengths, nothing, nothing, ((0,) * 16,) * len(lengths), device)
-                ids_T = torch.zeros(spans.num_tokens, dtype=torch.int64, device=device)
-                batch = ForwardBatch(ids_T, spans, ids_T)
-                hidden_TH = self.model.forward(batch, [self.caches[i] for i in layers], layers)
-                logits_SV = self.model.logits(hidden_TH[: max_rows * tokens[-1]])
-                zeros_S = torch.zeros(len(logits_SV), dtype=torch.int64, device=device)
-                real_S = zeros_S.double()
-                sample(
-                    logits_SV=logits_SV, temperature_S=real_S, top_k_S=zeros_S, top_p_S=real_S, min_p_S=real_S,
-                    seed_S=zeros_S, position_S=zeros_S,
-                )  # fmt: skip
-                if self.run_head:
-                    self.model.draft_hidden(hidden_TH, ids_T, spans, self.caches[-1])
+                self._walk(lengths, max_rows * tokens[-1])
+
+    @torch.inference_mode()
+    def compile_for(self, rows: int, trials: Iterable[Mapping[Key, dict[str, Any]]], workers: int) -> None:
+        """For tuning: compiles a decode step with each of several sets of launch parameters."""
+        from tritium.ops.kernels.launch import compiled_ahead
+
+        with compiled_ahead(workers):
+            for parameters in trials:
+                with trial(parameters):
+                    self._walk((1,) * rows, rows)
+
+    def _walk(self, lengths: tuple[int, ...], draws: int) -> None:
+        """Calls all ops of a step, each kind of layer once."""
+        config, device = self.model.config, self.model.device
+        layers = [config.layer_types.index(kind) for kind in dict.fromkeys(config.layer_types)]
+        nothing = (0,) * len(lengths)
+        spans = Spans(lengths, nothing, nothing, ((0,) * 16,) * len(lengths), device)
+        ids_T = torch.zeros(spans.num_tokens, dtype=torch.int64, device=device)
+        hidden_TH = self.model.forward(
+            ForwardBatch(ids_T, spans, ids_T), [self.caches[i] for i in layers], layers
+        )
+        logits_SV = self.model.logits(hidden_TH[:draws])
+        zeros_S = torch.zeros(len(logits_SV), dtype=torch.int64, device=device)
+        real_S = zeros_S.double()
+        sample(
+            logits_SV=logits_SV, temperature_S=real_S, top_k_S=zeros_S, top_p_S=real_S, min_p_S=real_S,
+            seed_S=zeros_S, position_S=zeros_S,
+        )  # fmt: skip
+        if self.run_head:
+            self.model.draft_hidden(hidden_TH, ids_T, spans, self.caches[-1])
 
     def capture(self, max_rows: int, drafts: int, max_pages: int) -> None:
         """Makes the graphs."""
@@ -104,6 +124,9 @@ class Runner:
         """What a graph found."""
         with self._timed("forward"):
             drawn = replay.wait()
+        if replay.gap_seconds is not None:
+            self.seconds["gap"] += replay.gap_seconds
+            self.gaps.append(replay.gap_seconds)
         plan = replay.plan
         draws = [self._accepted(row, [Sampled(token) for token in tokens]) for row, tokens in zip(plan.rows, drawn)]
         drafts: Sequence[tuple[int, ...]] = [()] * len(plan.rows)

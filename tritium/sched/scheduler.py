@@ -52,6 +52,8 @@ from tritium.core import (
 from tritium.draft.proposers import Proposer
 from tritium.sched.reuse import Reuse
 
+SHORT_ROW = 16
+"""Tokens up to which a row counts as short (`ops.spans.SHORT`)."""
 MOST_ENDS = 8
 """Ids that may end a request whose steps are planned ahead."""
 CHUNK_TOKENS = 64
@@ -160,7 +162,9 @@ class Scheduler:
         if not stops:
             return None
         self._under_way.update(stops)
-        rows = tuple(self._row(request, stop) for request, stop in stops.items())
+        # Kernels want short rows first; the order is otherwise that of planning.
+        ordered = sorted(stops.items(), key=lambda pair: pair[1] - pair[0].num_computed > SHORT_ROW)
+        rows = tuple(self._row(request, stop) for request, stop in ordered)
         return StepPlan(rows, tuple(preempted), self.reuse.cache.take_moves())
 
     def plan_next(self, plan: StepPlan) -> StepPlan | None:

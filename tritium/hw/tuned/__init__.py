@@ -4,14 +4,17 @@ A file is for one chip ("sm_90") or for all (default.json):
 
     {"linear.gemv": [{"key": {"N": 16480, "K": 5120}, "parameters": {"rows": 16, "num_warps": 4}}, ...], ...}
 
-The entry of a request is the one with exactly its key, else the nearest (sum over the key's numbers of
-|log2(asked / entry)|, an entry without one of them matching any), of the chip's file, else of the default file.
+The entry of a request is the one with exactly its key, else the nearest (sum over the key's numbers of |log2((asked +
+1) / (entry + 1))|, an entry without one of them matching any), of the chip's file, else of the default file.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,9 +32,45 @@ def table(name: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@lru_cache(maxsize=4096)
+Key = tuple[str, tuple[tuple[str, int], ...]]
+"""An op's name and the sizes asked for."""
+
+_trial: ContextVar[Mapping[Key, dict[str, Any]] | None] = ContextVar("trial", default=None)
+_observed: ContextVar[dict[Key, None] | None] = ContextVar("observed", default=None)
+
+
+@contextmanager
+def trial(parameters: Mapping[Key, dict[str, Any]]) -> Iterator[None]:
+    """For tuning: these parameters instead of those of the files."""
+    token = _trial.set(parameters)
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
+@contextmanager
+def observed() -> Iterator[dict[Key, None]]:
+    """For tuning: collects what is asked for, in order."""
+    seen: dict[Key, None] = {}
+    token = _observed.set(seen)
+    try:
+        yield seen
+    finally:
+        _observed.reset(token)
+
+
 def launch_parameters(op: str, target: Target, key: tuple[tuple[str, int], ...]) -> dict[str, Any]:
     """Parameters of `op` for the sizes in `key`. Raises KeyError for an op that no file knows."""
+    if (seen := _observed.get()) is not None:
+        seen[op, key] = None
+    if (tried := _trial.get()) and (op, key) in tried:
+        return tried[op, key]
+    return _of_files(op, target, key)
+
+
+@lru_cache(maxsize=4096)
+def _of_files(op: str, target: Target, key: tuple[tuple[str, int], ...]) -> dict[str, Any]:
     parameters: dict[str, Any] = choice(op, target, dict(key))["parameters"]
     return parameters
 
@@ -48,4 +87,4 @@ def choice(op: str, target: Target, key: dict[str, int]) -> dict[str, Any]:
 
 
 def _distance(entry: dict[str, int], asked: dict[str, int]) -> float:
-    return sum(abs(math.log2(max(asked[name], 1) / max(value, 1))) for name, value in entry.items() if name in asked)
+    return sum(abs(math.log2((asked[name] + 1) / (value + 1))) for name, value in entry.items() if name in asked)

@@ -1,0 +1,164 @@
+"""`tritium tune`: launch parameters found on the device, each tried inside the whole decode step.
+
+A kernel alone tells little: what it leaves in the caches and how its programs overlap with the next one's count as
+much. So a step's graph is captured anew for every candidate (a neighbour of the parameters in use: a size doubled or
+halved, more or fewer warps and stages, another point to let the next kernel start), and one stays when the step is
+shorter and its result the same up to rounding. Key by key, until no neighbour helps or the time is up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tritium.bench.decode import place, request
+from tritium.config import EngineConfig
+from tritium.core import SamplingParams
+from tritium.engine import Engine
+from tritium.hw import available_cores, probe
+from tritium.hw.tuned import DIRECTORY, Key, launch_parameters, observed, table, trial
+
+GAIN = 0.0015
+"""Share of the step that a candidate must save."""
+_AGREES = 0.1
+_PAIRS = (("rows", "columns"), ("rows", "depth"), ("depth", "num_stages"))
+
+
+def neighbours(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Parameters to try next to these, none twice."""
+    for name, value in parameters.items():
+        for other in _values(name, value):
+            yield {**parameters, name: other}
+    for first, second in _PAIRS:
+        if first in parameters and second in parameters:
+            up, down = parameters[first] * 2, parameters[second] // 2
+            if down:
+                yield {**parameters, first: up, second: down}
+            if parameters[first] > 1:
+                yield {**parameters, first: parameters[first] // 2, second: parameters[second] * 2}
+
+
+def _values(name: str, value: int) -> list[int]:
+    if name == "pdl":
+        return [v for v in (0, 1, 2) if v != value]
+    if name == "num_stages":
+        return [v for v in (value - 1, value + 1, value + 2) if 1 <= v <= 8]
+    if name == "maxnreg":
+        return [v for v in (96, 128, 168, 255) if v != value]
+    if value <= 1:
+        return [v for v in (0, 1, 2) if v != value and (v or name not in ("num_warps", "PIECES"))]
+    return [value * 2, value // 2]
+
+
+def tune(config: EngineConfig, *, rows: int, context: int, seconds: float, only: Sequence[str] = (),
+         tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """{op: [entry, ...]} of what got better, for one number of decode rows; `tell` hears what is tried."""
+    engine = Engine.load(replace(config, max_num_seqs=rows, enable_prefix_caching=False))
+    step = _Step(engine, rows, context)
+    with observed() as seen:
+        step.capture()
+    keys = [key for key in seen if not only or any(key[0].startswith(name) for name in only)]
+    chosen: dict[Key, dict[str, Any]] = {key: launch_parameters(key[0], step.target, key[1]) for key in keys}
+    best = first = step.measure({})
+    tell(f"{rows} rows, context {context}: {best * 1e3:.3f} ms a step, {len(keys)} keys")
+    end, better, tried = time.monotonic() + seconds, dict[Key, dict[str, Any]](), set[tuple[Key, str]]()
+    improved = True
+    while improved and time.monotonic() < end:
+        improved = False
+        candidates = [(key, new) for key in keys for new in neighbours(chosen[key])
+                      if (key, json.dumps(new, sort_keys=True)) not in tried]
+        step.compile([{**better, key: new} for key, new in candidates])
+        for key, new in candidates:
+            tried.add((key, json.dumps(new, sort_keys=True)))
+            if time.monotonic() > end:
+                break
+            base = chosen[key]
+            if sum(base.get(name) != value for name, value in new.items()) == 0:
+                continue
+            took = step.measure({**better, key: new})
+            if took < best * (1 - GAIN) and (again := step.measure({**better, key: new})) < best * (1 - GAIN):
+                best, improved = max(took, again), True
+                chosen[key] = better[key] = new
+                tell(f"  {best * 1e3:8.3f} ms  {key[0]} {dict(key[1])}: {new}")
+    tell(f"{first * 1e3:.3f} ms before, {best * 1e3:.3f} ms after, {len(tried)} candidates")
+    found: dict[str, Any] = {}
+    for (op, sizes), parameters in better.items():
+        found.setdefault(op, []).append({"key": dict(sizes), "parameters": parameters})
+    return found
+
+
+def merged(arch: str, found: dict[str, Any]) -> str:
+    """The text of `tuned/<arch>.json` with `found` in place of entries with the same key."""
+    entries = {op: list(rows) for op, rows in table(arch).items()}
+    for op, new in found.items():
+        kept = [entry for entry in entries.get(op, []) if entry["key"] not in [other["key"] for other in new]]
+        entries[op] = kept + new
+    lines = (f'  "{op}": [\n' + ",\n".join(f"    {json.dumps(row)}" for row in rows) + "\n  ]"
+             for op, rows in entries.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def write(arch: str, found: dict[str, Any]) -> str:
+    """Puts `found` into the chip's file; gives its path."""
+    path = DIRECTORY / f"{arch}.json"
+    path.write_text(merged(arch, found))
+    return str(path)
+
+
+class _Step:
+    """One decode step of an engine: captured with given parameters, checked and timed."""
+
+    def __init__(self, engine: Engine, rows: int, context: int) -> None:
+        self.target = probe(str(engine.runner.model.device))
+        asked = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, max_tokens=8, ignore_eos=True)
+        place(engine, [request(engine, str(i), context, asked, seed=i) for i in range(rows)])
+        plan, graphs = engine.scheduler.plan(), engine.runner.graphs
+        assert plan is not None
+        assert graphs is not None
+        self.plan, self.graphs, self.rows = plan, graphs, rows
+        self.runner = engine.runner
+        self._states = {row.slot: engine.runner.states.read(row.slot) for row in plan.rows}
+        self._want: torch.Tensor | None = None
+
+    def capture(self) -> None:
+        self.graphs.capture_again(self.rows, 1)
+
+    def compile(self, trials: Sequence[dict[Key, dict[str, Any]]]) -> None:
+        """All kernels of the trials, side by side; those that cannot be compiled are found out when measured."""
+        with contextlib.suppress(Exception):
+            self.runner.compile_for(self.rows, trials, available_cores())
+
+    @torch.inference_mode()
+    def measure(self, parameters: dict[Key, dict[str, Any]]) -> float:
+        """Seconds of a step, the middle of three; infinite where it cannot run or its result is another."""
+        try:
+            with trial(parameters):
+                self.capture()
+        except Exception:
+            torch.cuda.synchronize()
+            return float("inf")
+        for slot, state in self._states.items():
+            self.runner.states.write(slot, state)
+        replay = self.graphs.launch(self.plan)
+        replay.wait()
+        hidden_TH = replay.step.hidden_TH.double()
+        if self._want is None:
+            self._want = hidden_TH.clone()
+        if not float((hidden_TH - self._want).norm() / self._want.norm()) < _AGREES:
+            return float("inf")
+        times = []
+        for _ in range(3):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            for _ in range(count := 8):
+                replay.step.graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3 / count)
+        return float(sorted(times)[1])
