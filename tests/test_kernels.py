@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 import delta_net_steps
 import kernel_lane
 
+from tritium.ops.moe import moe
+
 CASES = [
     pytest.param(op, dims, dtype, id=f"{op.spec.name}-{'-'.join(f'{k}{v}' for k, v in dims.items())}-{str(dtype)[6:]}")
     for op in kernel_lane.all_ops()
@@ -41,6 +43,30 @@ def test_on_the_device(op, dims, dtype, seed: int) -> None:  # type: ignore[no-u
 @pytest.mark.parametrize(("op", "dims", "dtype"), CASES)
 def test_in_the_interpreter(op, dims, dtype, seed: int) -> None:  # type: ignore[no-untyped-def]
     check(op, dims, dtype, seed)
+
+
+def check_moe(seed: int) -> None:
+    """Equal logits go to the lower expert, and who shares a step changes no bit."""
+    dims = {"T": 20, "E": 140, "K": 4, "H": 64, "I": 32, "S": 32}
+    given = moe.spec.inputs(dims, torch.float32, torch.Generator().manual_seed(seed))
+    given["router_FH"] = given["router_FH"][torch.arange(141) % 3]
+    mine = kernel_lane.moved(given, kernel_lane.DEVICE)
+    few, one = ({**mine, "x_TH": mine["x_TH"][:n]} for n in (5, 1))
+    y = moe.kernel(**mine)
+    assert kernel_lane.relative(y, moe.reference(**given)) < 1e-6
+    assert kernel_lane.relative(moe.kernel(**one), y[:1]) < 1e-6
+    assert torch.equal(moe.kernel(**few), y[:5])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_moe_ties_and_company_on_the_device(seed: int) -> None:
+    check_moe(seed)
+
+
+@pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the test below")
+def test_moe_ties_and_company_in_the_interpreter(seed: int) -> None:
+    check_moe(seed)
 
 
 STEPS = pytest.mark.parametrize(("graphs", "most"), [(False, 3), (True, 3), (True, 0)])

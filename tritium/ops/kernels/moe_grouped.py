@@ -137,16 +137,16 @@ def _place(experts, counts, order, tiles, T, K: tl.constexpr, LANES: tl.constexp
     expert = n % PARTS * LANES + n // PARTS
     token = block * TOKENS + tl.arange(0, TOKENS)
     before, count = tl.zeros((N,), tl.int32), tl.zeros((N,), tl.int32)
-    rank = tl.full((TOKENS, N), -1, tl.int32)
     wait_for_inputs(pdl)
-    for j in tl.static_range(K):
-        who = tl.load(experts + token * K + j, mask=token < T, other=-1)
-        rank = tl.where(expert[None, :] == who[:, None], j, rank)
     for start in range(0, tl.num_programs(0), STEP):
         other = start + tl.arange(0, STEP)[:, None]
         some = tl.load(counts + other * N + n[None, :], mask=other < tl.num_programs(0), other=0)
         count += tl.sum(some, axis=0)
         before += tl.sum(tl.where(other < block, some, 0), axis=0)
+    rank = tl.full((TOKENS, N), -1, tl.int32)
+    for j in tl.static_range(K):
+        who = tl.load(experts + token * K + j, mask=token < T, other=-1)
+        rank = tl.where(expert[None, :] == who[:, None], j, rank)
     release_next(pdl)
     _order(block, token, expert, rank, before, count, order, tiles, K, TILE)
 
