@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,5 +130,6 @@ def _weights(config: ModelConfig, chosen: float, width: int, vectors: int = _FLO
     return total
 
 
-def middle(values: list[float]) -> float:
-    return statistics.median(values) if values else math.nan
+def middle(values: Iterable[float]) -> float:
+    found = list(values)
+    return statistics.median(found) if found else math.nan
