@@ -1,9 +1,9 @@
 """What Linux says of GPUs without asking torch: the driver, and on an AMD APU how it shares the machine's memory.
 
-Files: /proc/driver/nvidia/version; /sys/module/amdgpu/version, else the amdgpu of this kernel; for a card in
-/sys/class/drm, device/mem_info_vram_total (what the BIOS set aside) and device/mem_info_gtt_total (what may be mapped of
-the rest); /sys/module/ttm/parameters/pages_limit (4 KiB pages that all cards together may map). See the kernel's
-gpu/amdgpu documentation, and AMD's "Strix Halo system optimization".
+Files: /proc/driver/nvidia/version; /sys/module/amdgpu/version, else that of Linux; for a card in /sys/class/drm,
+device/mem_info_vram_total (what the BIOS set aside) and device/mem_info_gtt_total (what may be mapped of the rest);
+/sys/module/ttm/parameters/pages_limit (4 KiB pages that all cards together may map). See the kernel's gpu/amdgpu
+documentation, and AMD's "Strix Halo system optimization".
 """
 
 from __future__ import annotations
