@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tritium.ops.kernels.launch import Launch
     from tritium.ops.kernels.matrix import Compiled
 
-MODELS = ("qwen3.5-0.8b", "qwen3.5-4b", "qwen3.5-27b", "qwen3.5-35b-a3b")
+MODELS = ("qwen3.5-0.8b", "qwen3.5-27b", "qwen3.5-35b-a3b")
 CACHE = Path.home() / ".cache" / "tritium" / "matrix"
 _META = torch.device("meta")
 _PAGES, _SLOTS, _DRAFTS, _POSITIONS = 4096, 64, 3, 4096
