@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from tritium.bench.decode import place, request
+from tritium.bench.decode import clear, place, request
 from tritium.config import EngineConfig
 from tritium.core import SamplingParams
 from tritium.engine import Engine
 from tritium.hw import available_cores, probe
 from tritium.hw.tuned import DIRECTORY, Key, launch_parameters, observed, table, trial
+from tritium.nn.batch import ForwardBatch
+from tritium.ops.spans import Spans
 
 GAIN = 0.0015
 """Share of the step that a candidate must save."""
@@ -56,17 +58,25 @@ def _values(name: str, value: int) -> list[int]:
     return [value * 2, value // 2]
 
 
-def tune(config: EngineConfig, *, rows: int, context: int, seconds: float, only: Sequence[str] = (),
-         tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """{op: [entry, ...]} of what got better, for one number of decode rows; `tell` hears what is tried."""
-    engine = Engine.load(replace(config, max_num_seqs=rows, enable_prefix_caching=False))
-    step = _Step(engine, rows, context)
+def tune(config: EngineConfig, *, rows: Sequence[int], prompts: Sequence[int], context: int, seconds: float,
+         only: Sequence[str] = (), tell: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
+    """For each number of decode rows, then each length of a prompt: {op: [entry, ...]} of what got better. `seconds`
+    are for each of them; `tell` hears what is found."""
+    tokens = max([8192, *prompts])
+    engine = Engine.load(replace(config, max_num_seqs=max([1, *rows]), max_num_batched_tokens=tokens,
+                                 enable_prefix_caching=False))
+    for count in rows:
+        yield _tuned(_Decode(engine, count, context), seconds, only, tell)
+    for length in prompts:
+        yield _tuned(_Prompt(engine, length), seconds, only, tell)
+
+
+def _tuned(step: _Step, seconds: float, only: Sequence[str], tell: Callable[[str], None]) -> dict[str, Any]:
     with observed() as seen:
-        step.capture()
+        first = best = step.measure({})
     keys = [key for key in seen if not only or any(key[0].startswith(name) for name in only)]
     chosen: dict[Key, dict[str, Any]] = {key: launch_parameters(key[0], step.target, key[1]) for key in keys}
-    best = first = step.measure({})
-    tell(f"{rows} rows, context {context}: {best * 1e3:.3f} ms a step, {len(keys)} keys")
+    tell(f"{step}: {best * 1e3:.3f} ms, {len(keys)} keys")
     end, better, tried = time.monotonic() + seconds, dict[Key, dict[str, Any]](), set[tuple[Key, str]]()
     improved = True
     while improved and time.monotonic() < end:
@@ -75,18 +85,15 @@ def tune(config: EngineConfig, *, rows: int, context: int, seconds: float, only:
                       if (key, json.dumps(new, sort_keys=True)) not in tried]
         step.compile([{**better, key: new} for key, new in candidates])
         for key, new in candidates:
-            tried.add((key, json.dumps(new, sort_keys=True)))
             if time.monotonic() > end:
                 break
-            base = chosen[key]
-            if sum(base.get(name) != value for name, value in new.items()) == 0:
-                continue
+            tried.add((key, json.dumps(new, sort_keys=True)))
             took = step.measure({**better, key: new})
             if took < best * (1 - GAIN) and (again := step.measure({**better, key: new})) < best * (1 - GAIN):
                 best, improved = max(took, again), True
                 chosen[key] = better[key] = new
                 tell(f"  {best * 1e3:8.3f} ms  {key[0]} {dict(key[1])}: {new}")
-    tell(f"{first * 1e3:.3f} ms before, {best * 1e3:.3f} ms after, {len(tried)} candidates")
+    tell(f"  {first * 1e3:.3f} ms before, {best * 1e3:.3f} ms after, {len(tried)} candidates")
     found: dict[str, Any] = {}
     for (op, sizes), parameters in better.items():
         found.setdefault(op, []).append({"key": dict(sizes), "parameters": parameters})
@@ -112,53 +119,102 @@ def write(arch: str, found: dict[str, Any]) -> str:
 
 
 class _Step:
-    """One decode step of an engine: captured with given parameters, checked and timed."""
+    """Something to be made shorter: checked against its first result, and timed."""
 
-    def __init__(self, engine: Engine, rows: int, context: int) -> None:
-        self.target = probe(str(engine.runner.model.device))
-        asked = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, max_tokens=8, ignore_eos=True)
-        place(engine, [request(engine, str(i), context, asked, seed=i) for i in range(rows)])
-        plan, graphs = engine.scheduler.plan(), engine.runner.graphs
-        assert plan is not None
-        assert graphs is not None
-        self.plan, self.graphs, self.rows = plan, graphs, rows
+    def __init__(self, engine: Engine) -> None:
         self.runner = engine.runner
-        self._states = {row.slot: engine.runner.states.read(row.slot) for row in plan.rows}
+        self.target = probe(str(engine.runner.model.device))
         self._want: torch.Tensor | None = None
 
-    def capture(self) -> None:
-        self.graphs.capture_again(self.rows, 1)
+    lengths: tuple[int, ...]
+
+    def run(self) -> torch.Tensor:
+        """Prepares a step with the parameters of now, and runs it once: its hidden states, [T, H]."""
+        raise NotImplementedError
+
+    def again(self) -> None:
+        """Enqueues the step once more."""
+        raise NotImplementedError
 
     def compile(self, trials: Sequence[dict[Key, dict[str, Any]]]) -> None:
         """All kernels of the trials, side by side; those that cannot be compiled are found out when measured."""
         with contextlib.suppress(Exception):
-            self.runner.compile_for(self.rows, trials, available_cores())
+            self.runner.compile_for(self.lengths, trials, available_cores())
 
     @torch.inference_mode()
     def measure(self, parameters: dict[Key, dict[str, Any]]) -> float:
         """Seconds of a step, the middle of three; infinite where it cannot run or its result is another."""
-        try:
-            with trial(parameters):
-                self.capture()
-        except Exception:
-            torch.cuda.synchronize()
-            return float("inf")
+        with trial(parameters):
+            try:
+                hidden_TH = self.run().double()
+            except Exception:
+                torch.cuda.synchronize()
+                return float("inf")
+            if self._want is None:
+                self._want = hidden_TH.clone()
+            if not float((hidden_TH - self._want).norm() / self._want.norm()) < _AGREES:
+                return float("inf")
+            times = []
+            for _ in range(3):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                begin.record()
+                for _ in range(count := 6):
+                    self.again()
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) / 1e3 / count)
+            return float(sorted(times)[1])
+
+
+class _Decode(_Step):
+    """A decode step as its graph, captured anew for every trial."""
+
+    def __init__(self, engine: Engine, rows: int, context: int) -> None:
+        super().__init__(engine)
+        asked = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, max_tokens=8, ignore_eos=True)
+        requests = [request(engine, str(i), context, asked, seed=i) for i in range(rows)]
+        place(engine, requests)
+        plan, graphs = engine.scheduler.plan(), engine.runner.graphs
+        assert plan is not None
+        assert graphs is not None
+        self.plan, self.graphs, self.lengths = plan, graphs, (1,) * rows
+        self._states = {row.slot: engine.runner.states.read(row.slot) for row in plan.rows}
+        clear(engine, requests)
+
+    def __str__(self) -> str:
+        return f"{len(self.lengths)} decode rows"
+
+    def run(self) -> torch.Tensor:
+        self.graphs.capture_again(len(self.lengths), 1)
         for slot, state in self._states.items():
             self.runner.states.write(slot, state)
         replay = self.graphs.launch(self.plan)
         replay.wait()
-        hidden_TH = replay.step.hidden_TH.double()
-        if self._want is None:
-            self._want = hidden_TH.clone()
-        if not float((hidden_TH - self._want).norm() / self._want.norm()) < _AGREES:
-            return float("inf")
-        times = []
-        for _ in range(3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            for _ in range(count := 8):
-                replay.step.graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3 / count)
-        return float(sorted(times)[1])
+        self._graph = replay.step.graph
+        return replay.step.hidden_TH
+
+    def again(self) -> None:
+        self._graph.replay()
+
+
+class _Prompt(_Step):
+    """A prompt's chunk through one layer of each kind."""
+
+    def __init__(self, engine: Engine, tokens: int) -> None:
+        super().__init__(engine)
+        model = engine.runner.model
+        kinds, self._caches = model.config.layer_types, engine.runner.caches
+        self._layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+        pages = tuple(range(1, tokens // 64 + 2))
+        spans = Spans((tokens,), (0,), (1,), (pages,), model.device)
+        ids_T = torch.arange(tokens, device=model.device) % 997
+        self._batch, self.lengths = ForwardBatch(ids_T, spans, ids_T), (tokens,)
+
+    def __str__(self) -> str:
+        return f"a prompt of {self.lengths[0]} tokens, one layer of each kind"
+
+    def run(self) -> torch.Tensor:
+        return self.runner.model.forward(self._batch, [self._caches[i] for i in self._layers], self._layers)
+
+    def again(self) -> None:
+        self.run()

@@ -13,13 +13,14 @@ from tritium.cli import options
 @click.command("tune")
 @click.option("--rows", "decode_rows", type=click.IntRange(1, 64), multiple=True, default=(1, 8), show_default=True,
               help="Decode rows to tune for; may be repeated.")  # fmt: skip
+@click.option("--prompt", "prompts", type=click.IntRange(256, 65536), multiple=True,
+              help="Tokens of a prompt to tune for; may be repeated.")  # fmt: skip
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens behind each row.")
-@click.option("--seconds", type=click.FloatRange(min=1), default=120.0, show_default=True, help="For each of --rows.")
 @click.option("--op", "only", multiple=True, help="Only parameters whose name begins so; may be repeated.")
 @click.option("--write/--no-write", default=True, show_default=True, help="Put what is found into the chip's file.")
 @options.engine_flags
-def tune(decode_rows: tuple[int, ...], context: int, seconds: float, only: tuple[str, ...], write: bool,
-         **flags: Any) -> None:  # fmt: skip
+def tune(decode_rows: tuple[int, ...], prompts: tuple[int, ...], context: int, seconds: float, only: tuple[str, ...],
+         write: bool, **flags: Any) -> None:  # fmt: skip
     """Find launch parameters for this GPU, by timing whole decode steps.
 
     Takes a model (--load-format dummy will do) and keeps, kernel by kernel, what makes its decode step shorter. What
@@ -31,11 +32,10 @@ def tune(decode_rows: tuple[int, ...], context: int, seconds: float, only: tuple
     from tritium.hw import probe
 
     arch = probe(config.device).arch
-    for rows in decode_rows:
-        found = tuning.tune(
-            config, rows=rows, context=context, seconds=seconds, only=only,
-            tell=lambda text: click.echo(text, err=True),
-        )  # fmt: skip
-        click.echo(json.dumps({"arch": arch, "rows": rows, "found": found}))
+    for found in tuning.tune(
+        config, rows=decode_rows, prompts=prompts, context=context, seconds=seconds, only=only,
+        tell=lambda text: click.echo(text, err=True),
+    ):  # fmt: skip
+        click.echo(json.dumps({"arch": arch, "found": found}))
         if write and found:
             click.echo(f"written to {tuning.write(arch, found)}", err=True)

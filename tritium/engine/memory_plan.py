@@ -186,8 +186,8 @@ def bytes_per_page(config: ModelConfig, width: int) -> int:
 
 
 def bytes_per_slot(config: ModelConfig, width: int, drafts: int = 0) -> int:
-    """Per GDN layer: nv dk dv float32 of recurrent state, cw - 1 + D convolution inputs of C channels, and the inputs
-    of the D drafts under verification, nv (dk + dv + 2) float32 each."""
+    """Per GDN layer: nv dk dv float32 of recurrent state, a ring of cw + D convolution inputs of C channels, and the
+    inputs of the D drafts under verification, nv (dk + dv + 2) float32 each."""
     recurrent = config.gdn_value_heads * config.gdn_key_dim * config.gdn_value_dim * _FLOAT32
     convolution = (config.conv_width + drafts) * config.conv_channels * width
     pending = drafts * config.gdn_value_heads * (config.gdn_key_dim + config.gdn_value_dim + 2) * _FLOAT32

@@ -3,7 +3,7 @@
 A graph keeps one `Table`, ids and positions for R rows of Q tokens; before each replay the host sends one int32 tensor,
 and this op fills them from it:
 
-    id[r, i]  = given[r, i] if it is ≥ 0, else drawn[-1 - given[r, i]]: a token that the step before draws
+    id[r, i]  = given[r, i] if it is ≥ 0, else max(0, drawn[-1 - given[r, i]]): a token that the step before draws
     a row whose drawn id is among its `ends` is over: its length becomes 0, so that nothing is computed or stored for it
     pages[r, at] = page, where at ≥ 0: the page that a row was given since the last step
 
@@ -47,7 +47,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
     host_HR[HEADER : HEADER + tokens : 2] *= -1
     return {
         "host_HR": host_HR,
-        "drawn_D": torch.randint(0, 60, (64,), generator=generator),
+        "drawn_D": torch.randint(-1, 60, (64,), generator=generator),
         "table": empty_table(rows, tokens, 9, torch.device("cpu")),
         "ids_T": torch.zeros(rows * tokens, dtype=torch.int64),
         "next_S": torch.zeros(rows * tokens, dtype=torch.int64),
@@ -75,7 +75,7 @@ def reference(
     tokens = len(ids_T) // rows
     given_QR, ends_ER = host_HR[HEADER : HEADER + tokens].long(), host_HR[HEADER + tokens :].long()
     waits_QR = given_QR < 0
-    id_QR = torch.where(waits_QR, drawn_D[(-1 - given_QR).clamp_min(0)], given_QR)
+    id_QR = torch.where(waits_QR, drawn_D[(-1 - given_QR).clamp_min(0)].clamp_min(0), given_QR)
     over_R = (waits_QR & (id_QR[:, None] == ends_ER[None]).any(1)).any(0)
     lengths_R = torch.where(over_R, 0, host_HR[0])
     columns = (table.contexts_R, table.sources_R, table.slots_R, table.folds_R, table.drafts_R, table.snap_at_R,

@@ -42,8 +42,8 @@ class _Step:
     host_HR: torch.Tensor
     columns: dict[str, torch.Tensor]
     hidden_TH: torch.Tensor
-    results_B2S: torch.Tensor
-    """Pinned: drawn tokens, and whether their logits were finite."""
+    results_BS: torch.Tensor
+    """Pinned: drawn tokens."""
     known: tuple[object, ...] = ()
     """Whose sampling parameters `columns` holds."""
     turn: int = 0
@@ -55,7 +55,7 @@ class Replay:
 
     step: _Step
     plan: StepPlan
-    results_2S: torch.Tensor
+    results_S: torch.Tensor
     began: torch.cuda.Event
     ended: torch.cuda.Event
     copied: torch.cuda.Event
@@ -69,8 +69,7 @@ class Replay:
         if self.before is not None:
             self.gap_seconds = self.before.elapsed_time(self.began) / 1e3
             self.before = None
-        tokens, finite = self.results_2S.tolist()
-        found = [token if ok else None for token, ok in zip(tokens, finite)]
+        found = [None if token < 0 else token for token in self.results_S.tolist()]
         width = self.step.tokens
         return [found[r * width : r * width + len(row.ids)] for r, row in enumerate(self.plan.rows)]
 
@@ -99,8 +98,9 @@ class Graphs:
         most = self.rows[-1] * self.tokens[-1]
         self._table = empty_table(self.rows[-1], 1, max_pages, model.device)
         self._pages: list[tuple[int, ...]] = [()] * self.rows[-1]
-        self._drawn_D = torch.zeros(2 * most, dtype=torch.int64, device=model.device)
-        """Of the step that was launched last: S tokens, then S times whether the logits were finite."""
+        self._drawn_D = torch.zeros(most, dtype=torch.int64, device=model.device)
+        """Of the step that was launched last; -1 where the logits were not finite."""
+        self._no_token = torch.tensor(-1, device=model.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._steps: dict[tuple[int, int], _Step] = {}
         self._last: Replay | None = None
@@ -141,11 +141,11 @@ class Graphs:
         began.record()
         step.graph.replay()
         ended.record()
-        results_2S = step.results_B2S[step.turn]
-        results_2S.view(-1).copy_(self._drawn_D[: results_2S.numel()], non_blocking=True)
+        results_S = step.results_BS[step.turn]
+        results_S.copy_(self._drawn_D[: len(results_S)], non_blocking=True)
         copied.record()
         before = self._last.ended if self._last and any(row.ids == (AHEAD,) for row in plan.rows) else None
-        self._last = Replay(step, plan, results_2S, began, ended, copied, before)
+        self._last = Replay(step, plan, results_S, began, ended, copied, before)
         return self._last
 
     @torch.inference_mode()
@@ -219,7 +219,7 @@ class Graphs:
             feed(host_HR=host_HR, drawn_D=self._drawn_D, table=table, ids_T=ids_T, next_S=columns["position_S"])
             hidden_TH = self.model.forward(batch, self.caches)
             token_S, finite_S = sample(logits_SV=self.model.logits(hidden_TH), **columns)
-            torch.cat([token_S, finite_S], out=self._drawn_D[: 2 * draws])
+            torch.where(finite_S, token_S, self._no_token, out=self._drawn_D[:draws])
             return hidden_TH
 
         stream = torch.cuda.Stream(device)
@@ -233,7 +233,7 @@ class Graphs:
         return _Step(
             rows, tokens, graph, batch,
             torch.zeros(_BUFFERS, height, rows, dtype=torch.int32, pin_memory=True), host_HR, columns, hidden_TH,
-            torch.zeros(_BUFFERS, 2, draws, dtype=torch.int64, pin_memory=True),
+            torch.zeros(_BUFFERS, draws, dtype=torch.int64, pin_memory=True),
         )  # fmt: skip
 
 

@@ -69,21 +69,23 @@ class Runner:
                 self._walk(lengths, max_rows * tokens[-1])
 
     @torch.inference_mode()
-    def compile_for(self, rows: int, trials: Iterable[Mapping[Key, dict[str, Any]]], workers: int) -> None:
-        """For tuning: compiles a decode step with each of several sets of launch parameters."""
+    def compile_for(
+        self, lengths: tuple[int, ...], trials: Iterable[Mapping[Key, dict[str, Any]]], workers: int
+    ) -> None:
+        """For tuning: compiles a step with rows of these lengths for each of several sets of launch parameters."""
         from tritium.ops.kernels.launch import compiled_ahead
 
         with compiled_ahead(workers):
             for parameters in trials:
                 with trial(parameters):
-                    self._walk((1,) * rows, rows)
+                    self._walk(lengths, len(lengths))
 
     def _walk(self, lengths: tuple[int, ...], draws: int) -> None:
         """Calls all ops of a step, each kind of layer once."""
         config, device = self.model.config, self.model.device
         layers = [config.layer_types.index(kind) for kind in dict.fromkeys(config.layer_types)]
         nothing = (0,) * len(lengths)
-        spans = Spans(lengths, nothing, nothing, ((0,) * 16,) * len(lengths), device)
+        spans = Spans(lengths, nothing, nothing, ((0,) * (16 + max(lengths) // 64),) * len(lengths), device)
         ids_T = torch.zeros(spans.num_tokens, dtype=torch.int64, device=device)
         hidden_TH = self.model.forward(
             ForwardBatch(ids_T, spans, ids_T), [self.caches[i] for i in layers], layers

@@ -25,7 +25,7 @@ def _feed(
     for i in tl.static_range(Q):
         given = tl.load(host + (HEADER + i) * R + r)
         token = tl.load(drawn + tl.maximum(-1 - given, 0), mask=given < 0, other=0)
-        token = tl.where(given < 0, token, given.to(tl.int64))
+        token = tl.where(given < 0, tl.maximum(token, 0), given.to(tl.int64))
         over = (given < 0) & (tl.sum((ends == token).to(tl.int32)) > 0)
         length = tl.where(over, 0, length)
         tl.store(ids + r * Q + i, token)
