@@ -25,6 +25,8 @@ from tritium.core import PAGE_TOKENS, Request, RowPlan
 
 log = logging.getLogger("tritium.cache")
 
+SHORT_ROW = 16
+"""Tokens up to which a row counts as short (`ops.spans.SHORT`)."""
 WORTH_WAITING = 64
 """Tokens that waiting for another request must save."""
 WORTH_KEEPING = 16
@@ -121,13 +123,14 @@ class Reuse:
 
     def snapshots(self, request: Request, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """(position, slot) of the checkpoints that a step over [start, stop) is to leave, as far as slots can be had
-        that no request uses."""
+        that no request uses. A short row leaves one, the most wanted: its kernel stores one state on its way."""
         share, taken = self._shares[request], []
         if not share.wanted:
             return ()
         for position in [p for p in share.wanted if p <= stop]:
             cold = share.wanted.pop(position)
-            if position > start and (slot := self.cache.take_slot()) is not None:
+            full = taken and stop - start <= SHORT_ROW
+            if position > start and not full and (slot := self.cache.take_slot()) is not None:
                 taken.append((position, slot))
                 if cold:
                     share.cold.add(slot)

@@ -50,10 +50,8 @@ from tritium.core import (
     TokenEvent,
 )
 from tritium.draft.proposers import Proposer
-from tritium.sched.reuse import Reuse
+from tritium.sched.reuse import SHORT_ROW, Reuse
 
-SHORT_ROW = 16
-"""Tokens up to which a row counts as short (`ops.spans.SHORT`)."""
 MOST_ENDS = 8
 """Ids that may end a request whose steps are planned ahead."""
 CHUNK_TOKENS = 64
