@@ -331,7 +331,8 @@ def test_one_that_shares_nothing_overtakes_those_that_wait(engine: Engine, seed:
         assemble(engine, budget=100, checkpoints=8), requests,
         observe=lambda plan, _: order.extend(row.request_id for row in plan.rows if row.request_id not in order),
     )  # fmt: skip
-    assert order == ["first", "stranger", "second"] or order == ["first", "second", "stranger"]
+    assert order.index("first") < order.index("second")
+    assert order.index("stranger") < 2, "within the first step, short rows come first"
     assert requests[1].num_cached == 399
 
 

@@ -640,6 +640,9 @@ class World:
         decoding = [s for s in running if self.one_left(s)]
         prefilling = [s for s in running if not self.one_left(s)]
         rows = [self.alive[row.request_id] for row in plan.rows]
+        long = [len(row.ids) > 16 for row in plan.rows]
+        assert long == sorted(long), "short rows come first"
+        rows.sort(key=lambda s: (s not in decoding, not s.running, s.key))
         assert rows[: len(decoding)] == decoding, "every decode row is served, and first"
         rest = rows[len(decoding) :]
         chunked = [s for s in rest if s.running]
