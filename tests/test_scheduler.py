@@ -655,7 +655,9 @@ class World:
         assert not (admitted and plan.preempted)
 
         left = self.budget
-        for row, seen in zip(plan.rows, rows, strict=True):
+        planned = {row.request_id: row for row in plan.rows}
+        for seen in rows:
+            row = planned[seen.request.id]
             self.check_row(row, seen, left)
             left -= len(row.ids)
         if left:
