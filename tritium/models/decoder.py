@@ -79,7 +79,7 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """[S, V] float32."""
-        return linear(x_MK=hidden_SH, w_JK=self.lm_head).float()
+        return linear(x_MK=hidden_SH, w_JK=self.lm_head, dtype=torch.float32)
 
     @torch.inference_mode()
     def draft_hidden(

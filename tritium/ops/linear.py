@@ -10,7 +10,7 @@ many tokens share its step. Measured with MKL (torch 2.13, one and two threads):
 every row the same bits whatever their number; 1, 2, 3, 5 and 7 rows do not. So the reference pads rows to a multiple
 of 8.
 
-Shapes: x_MK, w_JK with J = 2 N when gated, else N; norm_K float32, residual_MN (its dtype is the result's), y_MN.
+Shapes: x_MK, w_JK with J = 2 N when gated, else N; norm_K float32, residual_MN, y_MN.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         inputs["x_MK"] = randn(generator, m, k, dtype=dtype)
     if dims.get("residual"):
         inputs["residual_MN"] = randn(generator, m, n, dtype=full)
-    return inputs | ({"gated": True} if gated else {})
+    return inputs | ({"gated": True} if gated else {}) | ({"dtype": full} if dims.get("wide") else {})
 
 
 SPEC = OpSpec(
     name="linear",
     cases=(
         {"M": 1, "N": 77, "K": 100},
-        {"M": 1, "N": 8, "K": 1024, "norm": 1},
+        {"M": 1, "N": 8, "K": 1024, "norm": 1, "wide": 1},
         {"M": 1, "N": 11, "K": 1300, "norm": 1, "gated": 1},
         {"M": 1, "N": 96, "K": 130, "norm": 1, "gated": 1},
         {"M": 1, "N": 130, "K": 64, "residual": 1},
         {"M": 2, "N": 64, "K": 256, "norm": 1, "gated": 1},
-        {"M": 7, "N": 130, "K": 64, "norm": 1},
+        {"M": 7, "N": 130, "K": 64, "norm": 1, "wide": 1},
         {"M": 7, "N": 33, "K": 72, "norm": 1, "gated": 1},
         {"M": 33, "N": 100, "K": 200, "residual": 1},
-        {"M": 65, "N": 256, "K": 512, "norm": 1},
+        {"M": 65, "N": 256, "K": 512, "norm": 1, "wide": 1},
         {"M": 65, "N": 33, "K": 40, "norm": 1, "gated": 1},
         {"M": 65, "N": 50, "K": 24, "residual": 1},
     ),
@@ -73,8 +73,10 @@ def reference(
     eps: float = 0.0,
     gated: bool = False,
     residual_MN: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y_MN in the residual's dtype, else in w's."""
+    """y_MN in `dtype`, else in the residual's, else in w's. (A kernel that gives a wider dtype than w's need not round
+    to w's in between.)"""
     if norm_K is not None:
         x_MK = rms_norm(x_MD=x_MK, w_D=norm_K, eps=eps, dtype=w_JK.dtype)
     rows = x_MK.shape[0]
@@ -83,7 +85,9 @@ def reference(
     else:
         p_MJ = F.linear(F.pad(x_MK, (0, 0, 0, -rows % ROWS)), w_JK)[:rows]
     y_MN = silu_mul(x_TJ=p_MJ) if gated else p_MJ
-    return y_MN if residual_MN is None else residual_MN + y_MN.to(residual_MN.dtype)
+    if residual_MN is not None:
+        y_MN = residual_MN + y_MN.to(residual_MN.dtype)
+    return y_MN.to(dtype or y_MN.dtype)
 
 
 linear = Op(SPEC, reference, "linear:linear")

@@ -173,13 +173,16 @@ def linear(
     eps: float = 0.0,
     gated: bool = False,
     residual_MN: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y_MN in the residual's dtype, else in w's. All but x (strided rows) are contiguous."""
+    """y_MN in `dtype`, else in the residual's, else in w's; up to FEW rows are rounded once, to it. All but x (strided
+    rows) are contiguous."""
     M, K = x_MK.shape
     N = w_JK.shape[0] // (1 + gated)
+    dtype = dtype or (w_JK if residual_MN is None else residual_MN).dtype
     if M > FEW:
-        return _many(x_MK, w_JK, norm_K, eps, gated, residual_MN)
-    y_MN = torch.empty((M, N), dtype=(w_JK if residual_MN is None else residual_MN).dtype, device=w_JK.device)
+        return _many(x_MK, w_JK, norm_K, eps, gated, residual_MN).to(dtype)
+    y_MN = torch.empty((M, N), dtype=dtype, device=w_JK.device)
     if M == 1:
         found = parameters("linear.gemv", w_JK, N=N, K=K, gated=int(gated))
         rows = found.pop("rows")
