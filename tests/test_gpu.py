@@ -80,6 +80,32 @@ def test_graphs_and_one_step_ahead_change_nothing_in_bfloat16(model: str) -> Non
     assert ways[0] == ways[1] == ways[2]
 
 
+def test_nothing_compiles_on_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    engine = load("tritium-dense", device="cuda", speculate="mtp:3")
+    compiled: list[str] = []
+    compile_one = JITFunction._do_compile
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(self.fn.__name__)
+        return compile_one(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", noted)
+    rng = random.Random(2)
+    for count in (1, 2, 3, 7, 16):
+        asked = [request(str(i), [rng.randrange(5, 300) for _ in range(rng.randint(1, 400))]) for i in range(count)]
+        served(engine, asked)
+    assert not compiled
+
+
+def test_the_self_test_attests_every_op() -> None:
+    engine = load("tritium-moe", device="cuda")
+    names = {"linear", "moe", "delta_net", "attention_inputs", "paged_attention", "rms_norm", "sample"}
+    assert names <= engine.attested.keys()
+    assert max(engine.attested.values()) < 0.3
+
+
 def test_the_next_turn_of_a_chat_is_cold_or_cached_the_same() -> None:
     engine = load("tritium-dense", device="cuda", dtype="float32")
     ids = [5 + i % 290 for i in range(333)]

@@ -123,7 +123,7 @@ class Engine:
         attested: dict[str, float] = {}
         if target.is_gpu:
             runner.compile(config.max_num_seqs, speculation.most, workers=available_cores())
-            attested = attest(model)
+            attested = attest(model, speculation.most)
             if not config.enforce_eager:
                 runner.capture(config.max_num_seqs, speculation.most, pages_for(plan.max_model_len))
         return cls(
