@@ -28,7 +28,7 @@ from tritium.runner.states import States
 from tritium.sampling import Sampled, Sampler, prompt_logprobs
 
 _PROMPTS = (33, 64, 200, 256)
-"""Tokens of prompts to compile for: kernels differ by whether they are a multiple of 16."""
+"""Tokens of prompts to compile for."""
 
 Observer = Callable[[StepPlan, torch.Tensor], None]
 """Called with the plan and the logits after every one of its tokens, [T, V] float32."""
@@ -63,7 +63,9 @@ class Runner:
         from tritium.ops.kernels.launch import compiled_ahead
 
         rows, tokens = sizes(max_rows, drafts)
-        steps = [(n,) * r for r in rows for n in tokens] + [(1,) * r + (n,) for r in (0, 1, 2) for n in _PROMPTS]
+        # Kernels differ by whether a number is 1, or a multiple of 16.
+        steps = [(n,) * r for r in (*rows, *(r + 1 for r in rows if r % 16 == 0 and r < rows[-1])) for n in tokens]
+        steps += [(1,) * r + (n,) for r in (0, 1, 2, 16) for n in _PROMPTS] + [_PROMPTS[:2], _PROMPTS[2:]]
         with compiled_ahead(workers):
             for lengths in steps:
                 self._walk(lengths, max_rows * tokens[-1])
