@@ -124,7 +124,7 @@ class Reuse:
     def snapshots(self, request: Request, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """(position, slot) of the checkpoints that a step over [start, stop) is to leave, as far as slots can be had
         that no request uses. A short row leaves one, the most wanted: its kernel stores one state on its way."""
-        share, taken = self._shares[request], []
+        share, taken = self._shares[request], list[tuple[int, int]]()
         if not share.wanted:
             return ()
         for position in [p for p in share.wanted if p <= stop]:
