@@ -42,20 +42,50 @@ def _column(vector, k, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _wide(vector, k, K: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, EIGHTS: tl.constexpr):
+    """COLUMNS of a float32 vector. EIGHTS: eight neighbours a thread, as in a tile of 16-bit weights, by two loads of
+    four; else threads load one four each, which then go through shared memory."""
+    if EVEN and EIGHTS:
+        four = vector + k + (tl.arange(0, COLUMNS // 8) * 8)[:, None] + tl.arange(0, 4)[None, :]
+        value = tl.reshape(tl.permute(tl.join(tl.load(four), tl.load(four + 4)), [0, 2, 1]), [COLUMNS])
+    else:
+        value = _column(vector, k + tl.arange(0, COLUMNS), K, EVEN)
+    return value
+
+
+@triton.jit
 def _by_eights(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of eight neighbours, which one thread holds."""
     return tl.sum(tl.reshape(x, [ROWS, COLUMNS // 8, 8]), axis=2)
 
 
 @triton.jit
+def _prefetch(w, first, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+              TILES: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """Into the L2 cache: TILES tiles of ROWS rows that follow the first tile, one request a row. NVIDIA, sm_90 on."""
+    SHARE: tl.constexpr = THREADS // ROWS
+    BYTES: tl.constexpr = min(TILES * COLUMNS, K - COLUMNS) * w.dtype.element_ty.primitive_bitwidth // 8
+    if SHARE > 0 and BYTES > 0 and BYTES % 16 == 0 and K % 16 == 0:
+        thread = tl.arange(0, THREADS)
+        row = first + thread // SHARE
+        size = tl.where((thread % SHARE == 0) & (row < N), BYTES, 0)
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
+            "=r,l,r", [w + row.to(tl.int64) * K + COLUMNS, size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-         GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """ROWS results of the one token; the next tile is on its way while one is multiplied, the first before the wait."""
+         THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """ROWS results of the one token; the next tile is on its way while one is multiplied, the first before the wait.
+    PREFETCH more tiles may go into the L2 cache before the wait: right where the kernel before leaves memory idle."""
     EVEN: tl.constexpr = (N % ROWS == 0) and (K % COLUMNS == 0)
     LAST: tl.constexpr = (K - 1) // COLUMNS * COLUMNS
     first = tl.program_id(0) * ROWS
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
+    EIGHTS: tl.constexpr = COLUMNS >= 8 * THREADS
     n = first + r
     gate = (w + first.to(tl.int64) * K + c)[None, :] + (r * K)[:, None]
     up = gate + N * K
@@ -65,15 +95,21 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
         up_tile = _weights(up, n, c, N, K, EVEN)
         up_sum = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
     if NORM:
-        squares = tl.zeros([COLUMNS], tl.float32)
+        squares = tl.zeros([COLUMNS // 4], tl.float32)
+    if PREFETCH > 0:
+        _prefetch(w, first, N, K, ROWS, COLUMNS, PREFETCH, THREADS)
+        if GATED:
+            _prefetch(w + N * K, first, N, K, ROWS, COLUMNS, PREFETCH, THREADS)
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
     for k in tl.range(0, LAST, COLUMNS):
-        value = _column(x, k + c, K, True)
         if NORM:
-            squares += value * value
-            value = value * (1.0 + _column(norm, k + c, K, True))
+            value = _wide(x, k, K, COLUMNS, True, EIGHTS)
+            squares += tl.sum(tl.reshape(value * value, [COLUMNS // 4, 4]), axis=1)
+            value = value * (1.0 + _wide(norm, k, K, COLUMNS, True, EIGHTS))
+        else:
+            value = _column(x, k + c, K, True)
         next_gate = _weights(gate + k + COLUMNS, n, k + COLUMNS + c, N, K, EVEN)
         if GATED:
             next_up = _weights(up + k + COLUMNS, n, k + COLUMNS + c, N, K, EVEN)
@@ -82,10 +118,12 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
         if GATED:
             up_sum += _by_eights(up_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
             up_tile = next_up
-    value = _column(x, LAST + c, K, EVEN)
     if NORM:
-        squares += value * value
-        value = value * (1.0 + _column(norm, LAST + c, K, EVEN))
+        value = _wide(x, LAST, K, COLUMNS, EVEN, EIGHTS)
+        squares += tl.sum(tl.reshape(value * value, [COLUMNS // 4, 4]), axis=1)
+        value = value * (1.0 + _wide(norm, LAST, K, COLUMNS, EVEN, EIGHTS))
+    else:
+        value = _column(x, LAST + c, K, EVEN)
     gate_sum += _by_eights(gate_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
     if GATED:
         up_sum += _by_eights(up_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
@@ -185,8 +223,13 @@ def linear(
     y_MN = torch.empty((M, N), dtype=dtype, device=w_JK.device)
     if M == 1:
         found = parameters("linear.gemv", w_JK, N=N, K=K, gated=int(gated))
-        rows = found.pop("rows")
-        kernel, grid, sizes = _one, triton.cdiv(N, rows), {"ROWS": rows, "COLUMNS": found.pop("columns")}
+        rows, prefetch = found.pop("rows"), found.pop("prefetch", 0)
+        kernel, grid = _one, triton.cdiv(N, rows)
+        # Only a kernel that starts before its inputs are there has anything to gain.
+        sizes = {
+            "ROWS": rows, "COLUMNS": found.pop("columns"), "THREADS": 32 * found["num_warps"],
+            "PREFETCH": prefetch if found["pdl"] else 0,
+        }  # fmt: skip
         strides: tuple[int, ...] = ()
     else:
         bucket = max(8, triton.next_power_of_2(M))
