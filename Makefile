@@ -17,6 +17,7 @@ help:
 	@echo "make check   lint, types, layers, size"
 	@echo "make soak    ten minutes of every kind of client at a server whose engine is killed now and then"
 	@echo "make fuzz    2,000 and more requests made from the server's OpenAPI document"
+	@echo "make identities  4,000 and more requests in all combinations of cache, drafts, batching and loop (minutes)"
 	@echo "make schemas all JSON schemas through the embedded model (minutes)"
 	@echo "make matrix  every kernel as the family launches it, compiled for all eight targets (minutes, no GPU)"
 	@echo "make gpu     the tests that need a GPU"
@@ -51,6 +52,10 @@ fuzz: .venv/.dev
 .PHONY: schemas
 schemas: .venv/.dev
 	$(BIN)/pytest -m slow tests/test_structured.py $(PYTEST_ARGS)
+
+.PHONY: identities
+identities: .venv/.dev
+	$(BIN)/pytest -m slow -s tests/test_traffic.py $(PYTEST_ARGS)
 
 .PHONY: matrix
 matrix: .venv/.dev

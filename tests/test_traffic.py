@@ -1,0 +1,256 @@
+"""Random traffic in every way to serve it, against the plainest: token for token, log-probability for log-probability.
+
+Requests share prefixes at random, also with what others answered. Each combination of cache, proposer, batching and
+loop serves some of them twice over; the plainest way is one request at a time, no cache, no drafts, no step ahead. A
+slice runs by default; `make identities` runs all combinations on random checkpoints and on the embedded models, and
+PYTEST_ARGS="--seed N" other traffic on other checkpoints.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from checkpoints import random_checkpoint, random_spec
+from serving import again, assemble, request
+
+from tritium.chat import load_chat
+from tritium.config import EngineConfig
+from tritium.core import CacheCall, FinishReason, Request
+from tritium.draft.depth import DepthPolicy
+from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer
+from tritium.engine import Engine
+from tritium.eval import tasks
+
+CACHES = ("off", "on", "restored", "evicted")
+PROPOSERS = ("none", "mtp:1", "mtp:2", "mtp:3", "mtp:4", "ngram", "chained", "auto", "right", "wrong")
+BATCHING = ("alone", "together", "staggered", "chunks")
+WAYS = list(itertools.product(CACHES, PROPOSERS, BATCHING, (False, True)))
+POOL, FIRST, THEN = 40, 2, 6
+"""Requests of a checkpoint, and how many of them each combination serves at first and then."""
+SEQS, PAGES, CHECKPOINTS = 8, 64, 24
+TINY = {"pages": 4, "seqs": 4, "checkpoints": 2}
+"""Room for the longest request and no more."""
+
+
+@dataclass
+class Answer:
+    """What the engine told of a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[object] = field(default_factory=list)
+    prompt_logprobs: list[object] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+
+def drive(engine: Engine, requests: list[Request], arrive: list[int], leave: dict[int, int]) -> list[Answer]:
+    """Serves requests, the i-th from step `arrive[i]`, aborted before step `leave[i]`; nothing is held after that."""
+    answers = {each.id: Answer() for each in requests}
+    for step in range(20_000):
+        for i, each in enumerate(requests):
+            if arrive[i] == step:
+                engine.add(each)
+            if leave.get(i) == step:
+                engine.abort(each.id)
+        if step >= max(arrive) and not engine.has_work:
+            break
+        for event in engine.step():
+            answer = answers[event.request_id]
+            answer.tokens += event.tokens
+            answer.logprobs += event.logprobs
+            answer.prompt_logprobs += event.prompt_logprobs
+            answer.reason = event.finish_reason
+    stats = engine.stats()
+    assert stats.pages_used == stats.slots_used == stats.running == stats.waiting == 0
+    return list(answers.values())
+
+
+class Oracle:
+    """Guesses the plain answer, or anything but that."""
+
+    def __init__(self, world: World, *, right: bool) -> None:
+        self.world, self.off = world, 0 if right else 1
+
+    def propose(self, request: Request, most: int) -> list[int]:
+        truth, _ = self.world.pool[int(request.id.split("/")[1])]
+        known = [*truth.prompt_ids, *self.world.answers[truth.id].tokens, *[0] * most]
+        return [(token + self.off) % self.world.vocab for token in known[request.num_tokens :][:most]]
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+
+class World:
+    """A checkpoint, requests to it, and what each is told in the plainest way."""
+
+    def __init__(self, model: str, kept: Path, rng: random.Random, pool: int = POOL) -> None:
+        self.rng, self.counts = rng, Counter[str]()
+        self.engine = Engine.load(EngineConfig(
+            model=model, dtype="float32", speculate="mtp:4", max_num_seqs=SEQS, num_gpu_blocks_override=PAGES,
+            num_checkpoints=CHECKPOINTS, swap_space=0.02, max_model_len=512, cache_dir=str(kept), num_threads=1,
+            show_progress=False))  # fmt: skip
+        self.vocab = self.engine.model_config.vocab_size
+        self.texts: list[list[int]] = []
+        if model.startswith("tritium-"):
+            chat = load_chat(self.engine.directory)
+            problems = tasks.word_problems("heldout", rng.randrange(2**31), 24)
+            self.texts = [chat.encode(chat.render(each.messages))[-150:] for each in problems]
+        self.answers: dict[str, Answer] = {}
+        self.pool: list[tuple[Request, Answer]] = []
+        while len(self.pool) < pool:
+            each = request(f"plain/{len(self.pool)}", self.prompt(), **self.sampling())
+            plain = assemble(self.engine, budget=512, seqs=1, pages=PAGES)
+            [answer] = drive(plain, again([each]), [0], {})
+            self.answers[each.id] = answer
+            self.pool.append((each, answer))
+
+    def prompt(self) -> list[int]:
+        """Most begin like one before, some with its answer: the next turn of a chat."""
+        rng = self.rng
+        own = rng.choice(self.texts) if self.texts else [rng.randrange(1, self.vocab) for _ in range(150)]
+        if not self.texts and rng.random() < 0.3:
+            own = own[:7] * 20  # something for n-grams
+        own = own[-rng.randint(1, 120) :]
+        if not self.pool or rng.random() < 0.25:
+            return own
+        before, answer = rng.choice(self.pool)
+        ids = [*before.prompt_ids, *answer.tokens]
+        places = (len(ids), len(before.prompt_ids), rng.randint(1, len(ids)), rng.randint(1, len(ids)) // 64 * 64)
+        return [*ids[: rng.choice(places)], *own[: rng.randint(1, 40)]][:208]
+
+    def sampling(self) -> dict[str, object]:
+        rng = self.rng
+        asked: dict[str, object] = {"max_tokens": rng.randint(1, 48), "seed": rng.randrange(2**40)}
+        if rng.random() < 0.6:
+            asked |= {"temperature": rng.choice((0.3, 0.7, 1.3)), "top_p": rng.choice((1.0, 0.9))}
+            asked |= {"top_k": rng.choice((0, 20))}
+        if rng.random() < 0.2:
+            asked |= {"presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.2}
+        if rng.random() < 0.3:
+            asked |= {"logprobs": rng.randint(0, 3)}
+        if rng.random() < 0.1:
+            asked |= {"prompt_logprobs": rng.randint(0, 2)}
+        if rng.random() < 0.3:
+            stops = tuple(rng.sample(range(self.vocab), self.vocab // 20))
+            asked |= {"stop_token_ids": stops[: rng.choice((8, None))], "min_tokens": rng.randint(0, 5)}
+            asked["max_tokens"] = 48
+        return asked
+
+    def serve(self, way: tuple[str, str, str, bool]) -> None:
+        """Two waves of requests in this way, each compared with the plainest."""
+        rng, (cache, proposer, batching, ahead) = self.rng, way
+        start = rng.randrange(len(self.pool))
+        near = [(start + i) % len(self.pool) for i in range(16)]
+        chosen = rng.choices(near, k=THEN)
+        loop = self.loop(cache, proposer, batching, ahead)
+        for wave, picks in enumerate((chosen[:FIRST], chosen)):
+            if wave and cache == "restored":
+                loop.keep(CacheCall("", "save"))
+                self.count(loop)
+                loop = self.loop(cache, proposer, batching, ahead)
+                loop.keep(CacheCall("", "load"))
+            requests = [replace(each, id=f"{wave}.{n}/{i}")
+                        for n, (i, each) in enumerate(zip(picks, again([self.pool[i][0] for i in picks])))]  # fmt: skip
+            staggered = batching in ("staggered", "chunks")
+            arrive = [rng.randrange(30) if staggered else 0 for _ in picks]
+            leave = {i: at + rng.randrange(1, 40) for i, at in enumerate(arrive) if staggered and rng.random() < 0.2}
+            for i, got in zip(picks, drive(loop, requests, arrive, leave), strict=True):
+                want = self.pool[i][1]
+                if got.reason is None:  # aborted: as far as it came
+                    want = Answer(want.tokens[: len(got.tokens)], want.logprobs[: len(got.logprobs)],
+                                  want.prompt_logprobs[: len(got.prompt_logprobs)])  # fmt: skip
+                    self.counts["aborted"] += 1
+                assert got == want, f"request {i} of wave {wave}"
+                self.counts["compared"] += 1
+        self.count(loop)
+
+    def loop(self, cache: str, proposer: str, batching: str, ahead: bool) -> Engine:
+        rng, host = self.rng, min(2, self.engine.memory_plan.num_host_checkpoints)
+        options: dict[str, object] = {"seqs": SEQS, "pages": PAGES}
+        options["checkpoints"] = None if cache == "off" else CHECKPOINTS
+        if cache == "evicted":
+            options |= {**TINY, "host": rng.choice((0, host))}
+        if batching == "alone":
+            options["seqs"] = 1
+        depth = proposer.rpartition(":")[2]
+        most = int(depth) if depth.isdecimal() else 0
+        head, ngram, policy = HeadProposer(), NgramProposer(), DepthPolicy(4)
+        guesses = {
+            "none": None, "ngram": ngram, "chained": ChainedProposer(head, ngram), "auto": policy,
+            "right": Oracle(self, right=True), "wrong": Oracle(self, right=False),
+        }.get(proposer, head)  # fmt: skip
+        of = policy.depth if proposer == "auto" else lambda request: most or (rng.randrange(5) if guesses else 0)
+        budget = {"staggered": rng.choice((64, 100, 200)), "chunks": rng.randint(5, 64)}.get(batching, 512)
+        loop = assemble(self.engine, budget=budget, proposer=guesses, depth=of, ahead=ahead, **options)  # type: ignore[arg-type]
+        loop._files = self.engine._files
+        loop._policy = policy if proposer == "auto" else None
+        planned = loop.scheduler.plan_next
+
+        def counted(plan):
+            following = planned(plan)
+            self.counts["steps ahead"] += following is not None
+            return following
+
+        loop.scheduler.plan_next = counted  # type: ignore[method-assign]
+        return loop
+
+    def count(self, loop: Engine) -> None:
+        stats = loop.stats()
+        self.counts["tokens hit"] += stats.prefix_hit_tokens
+        self.counts["preempted"] += stats.preemptions
+        self.counts["drafts right"] += sum(stats.draft_accepted)
+        self.counts["drafts wrong"] += sum(stats.draft_proposed) - sum(stats.draft_accepted)
+        self.counts["checkpoints from host"] += stats.checkpoints_moved["restored"]
+
+
+def traffic(kind: str, tmp: Path, seed: int, *, ways: int, worlds: int, pool: int = POOL) -> Counter[str]:
+    """Serves `ways` of the combinations on `worlds` checkpoints; a failure says which one it was, and the seed."""
+    rng, counts, begin = random.Random(f"{kind} {seed}"), Counter[str](), time.monotonic()
+    for n in range(worlds):
+        if kind == "random":
+            spec = replace(random_spec(rng), mtp=True, moe=n % 2 == 1, dtype="float32", head_dim=64)
+            model = str(random_checkpoint(tmp / f"model{n}", spec))
+        else:
+            spec, model = None, ("tritium-dense", "tritium-moe")[n % 2]
+        world = World(model, tmp / f"kept{n}", rng, pool)
+        for way in random.Random(seed).sample(WAYS, ways)[n::worlds]:
+            try:
+                world.serve(way)
+            except Exception as error:
+                error.add_note(f"--seed {seed}: {way} on {spec or model}, after {dict(world.counts)}")
+                raise
+        counts += world.counts
+    print(f"\n{kind}, seed {seed}: {ways} of {len(WAYS)} combinations, {worlds} checkpoints, "
+          f"{time.monotonic() - begin:.0f} s: {dict(counts)}")  # fmt: skip
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["random", "embedded"])
+def test_a_slice_of_all_ways(kind: str, tmp_path: Path, seed: int) -> None:
+    needs(kind)
+    counts = traffic(kind, tmp_path, seed, ways=5 if kind == "random" else 3, worlds=1, pool=8)
+    assert counts["compared"] >= 24
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["random", "embedded"])
+def test_all_ways(kind: str, tmp_path: Path, seed: int, request: pytest.FixtureRequest) -> None:
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("make identities")
+    needs(kind)
+    counts = traffic(kind, tmp_path, seed, ways=len(WAYS), worlds=8 if kind == "random" else 2)
+    assert counts["compared"] >= 2000
+    for what in ("aborted", "tokens hit", "preempted", "drafts right", "drafts wrong", "steps ahead",
+                 "checkpoints from host"):  # fmt: skip
+        assert counts[what] > 20, what
+
+
+def needs(kind: str) -> None:
+    if kind == "embedded" and not (Path(tasks.__file__).parents[1] / "embedded/dense/model.safetensors").is_file():
+        pytest.skip("the embedded model is not in this checkout")
