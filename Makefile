@@ -19,6 +19,7 @@ help:
 	@echo "make fuzz    2,000 and more requests made from the server's OpenAPI document"
 	@echo "make identities  4,000 and more requests in all combinations of cache, drafts, batching and loop (minutes)"
 	@echo "make schemas all JSON schemas through the embedded model (minutes)"
+	@echo "make agents  200 tool-calling loops of the official clients with the embedded model (a minute or two)"
 	@echo "make matrix  every kernel as the family launches it, compiled for all eight targets (minutes, no GPU)"
 	@echo "make gpu     the tests that need a GPU"
 	@echo "make clean   remove .venv and the caches"
@@ -56,6 +57,10 @@ schemas: .venv/.dev
 .PHONY: identities
 identities: .venv/.dev
 	$(BIN)/pytest -m slow -s tests/test_traffic.py $(PYTEST_ARGS)
+
+.PHONY: agents
+agents: .venv/.dev
+	$(BIN)/pytest -s -m slow tests/test_agents.py $(PYTEST_ARGS)
 
 .PHONY: matrix
 matrix: .venv/.dev
