@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -246,9 +247,40 @@ def test_a_crash_midway_leaves_the_old_file(model: Path, tmp_path: Path, seed: i
                 save(engine)
         assert [path.name for path in tmp_path.iterdir()] == ["cache.safetensors"]
         assert (tmp_path / "cache.safetensors").read_bytes() == old
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, hard))  # a write itself fails, half of the file is there
+    try:
+        with pytest.raises(CacheFileError, match="cannot be written: File too large") as refused:
+            save(engine)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused.value.hint == "what was there is as it was"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.safetensors"]
+    assert (tmp_path / "cache.safetensors").read_bytes() == old
     (tmp_path / ".cache.safetensors.123.tmp").write_bytes(b"half of a")
     assert ask(load(model, tmp_path), ids)[1] == 149
     assert [path.name for path in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+def test_a_full_disk(model: Path, tmp_path: Path, seed: int) -> None:
+    """A file system of its own, too small for a second file: one clear line, the old file whole, and the engine goes
+    on."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    try:
+        engine = load(model, tmp_path)
+        want, _ = ask(engine, ids := prompt(random.Random(seed), 150))
+        size = save(engine)["bytes"]
+        assert isinstance(size, int)
+        old = (tmp_path / "cache.safetensors").read_bytes()
+        (tmp_path / "ballast").write_bytes(bytes(2**20 - size - size // 2))
+        with pytest.raises(CacheFileError, match="cannot be written: No space left on device"):
+            save(engine)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["ballast", "cache.safetensors"]
+        assert (tmp_path / "cache.safetensors").read_bytes() == old
+        assert ask(engine, ids)[0] == ask(load(model, tmp_path), ids)[0] == want
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_without_a_directory_nothing_is_kept(model: Path) -> None:
