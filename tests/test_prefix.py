@@ -348,7 +348,7 @@ def test_the_log_names_the_token_where_prompts_part(
         run(cached, [request("drifted", changed)])
     [record] = caplog.records
     line = record.getMessage()
-    assert "drifted: 36 of 100 tokens reused; token 80 is the first that differs from the nearest" in line
+    assert "drifted: 64 of 100 tokens reused; token 80 is the first that differs from the nearest" in line
     assert f"'<{changed[80]}><{ids[81]}>" in line
     assert f"there it was '<{ids[80]}><{ids[81]}>" in line
 
@@ -358,13 +358,13 @@ def test_the_log_names_the_token_where_prompts_part(
 CHAT = byte_chat_format()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Engine:
-    """As small as the family gets, with a long context and a token a byte."""
+@pytest.fixture(scope="module", params=["none", "mtp:3"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, seed: int) -> Engine:
+    """As small as the family gets, with a long context and a token a byte; drafts change no figure below."""
     directory = tmp_path_factory.mktemp("tiny")
-    random_checkpoint(directory, layer_types="lf", vocab=CHAT.tokenizer.vocab_size, mtp=False, seed=seed)
+    random_checkpoint(directory, layer_types="lf", vocab=CHAT.tokenizer.vocab_size, seed=seed)
     edit_config(directory, max_position_embeddings=16384)
-    return load(directory)
+    return load(directory, speculate=request.param)
 
 
 def load(directory: Path, **options: object) -> Engine:
@@ -413,14 +413,17 @@ def test_two_thousand_prompts_of_370_tokens_that_share_369(llm: LLM, seed: int) 
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
-def test_a_long_prefix_with_suffixes_that_part(llm: LLM, seed: int, together: bool) -> None:
+@pytest.mark.parametrize("suffixes", [(40, 376, 1296), (1296, 376, 40), (376, 1296, 40)], ids=str)
+def test_a_long_prefix_with_suffixes_that_part(llm: LLM, seed: int, together: bool, suffixes: tuple[int, ...]) -> None:
+    """The second request parts where nobody expected it, the longest suffix furthest from the end of the first."""
     rng = random.Random(seed)
     shared = ids_of(rng, 6476)
-    prompts = [shared + ids_of(rng, count) for count in (40, 376, 1296)]
+    prompts = [shared + ids_of(rng, count) for count in suffixes]
     counts = computed(llm, *prompts) if together else [computed(llm, each)[0] for each in prompts]
-    assert counts[0] == 6516
+    assert counts[0] == 6476 + suffixes[0]
     for ids, count in zip(prompts[1:], counts[1:], strict=True):
         assert len(ids) - count >= 0.98 * 6476
+    assert len(prompts[2]) - counts[2] >= 6476 - 16  # where the first two parted, if that was worth keeping
 
 
 def test_choices_of_one_prompt(llm: LLM, seed: int) -> None:

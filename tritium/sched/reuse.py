@@ -5,7 +5,9 @@ Where checkpoints are kept (positions in tokens, n the prompt's length):
     n - 1                    the same prompt again; a regenerated answer
     turn starts              the last few: an edited last message, a template that rewrites the last answer
     where a match parted     KV went further than the nearest checkpoint: the next one to part there resumes there
-    n - 64, n - 128, ...     a ladder for prompts that part where nobody expected it; first to be evicted
+    multiples of 64          a ladder for prompts that part where nobody expected it: each back to n - 1024, from there
+                             on no further apart than an eighth of the way to n; first to be evicted, and all rungs
+                             but eight take only a slot that is free
     the end                  the slot of a request that ends or is preempted, as it is: the next turn of a chat
 
 Requests that arrive together. One that shares at least 64 tokens more with a request under prefill than it could reuse
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tritium.cache import Lease, Match, PagePool, PrefixCache, SlotPool, common_prefix, pages_for
@@ -32,7 +34,12 @@ WORTH_WAITING = 64
 WORTH_KEEPING = 16
 """Tokens that a checkpoint where a match parted must save."""
 TURNS = 4
-RUNGS = 8
+LADDER = 8192
+"""Tokens from the end of a prompt to its last rung."""
+
+
+HOT, COLD, SPARE = range(3)
+"""A checkpoint; one that is evicted before others; and one that evicts none."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,8 +50,8 @@ class _Share:
     source: int | None
     """Slot to start from and page to copy, until the first step is committed."""
     copy_page: tuple[int, int] | None
-    wanted: dict[int, bool] = field(default_factory=dict)
-    """Positions still to be kept, most wanted first: whether they are cold."""
+    wanted: dict[int, int] = field(default_factory=dict)
+    """Positions still to be kept, most wanted first: HOT, COLD or SPARE."""
     cold: set[int] = field(default_factory=set)
     """Slots of snapshots under way that are cold."""
 
@@ -81,7 +88,7 @@ class Reuse:
                 continue
             shared = min(self._in_common(request, leader), limit)
             if leader.num_computed < shared and shared - self._match(request).position >= WORTH_WAITING:
-                self._shares[leader].wanted.setdefault(self._aligned(shared), False)
+                self._shares[leader].wanted.setdefault(self._aligned(shared), HOT)
                 self._leaders[request] = leader, shared
                 return True
         return False
@@ -128,11 +135,11 @@ class Reuse:
         if not share.wanted:
             return ()
         for position in [p for p in share.wanted if p <= stop]:
-            cold = share.wanted.pop(position)
-            full = taken and stop - start <= SHORT_ROW
+            kind = share.wanted.pop(position)
+            full = (taken and stop - start <= SHORT_ROW) or (kind == SPARE and not self._slots.num_free)
             if position > start and not full and (slot := self.cache.take_slot()) is not None:
                 taken.append((position, slot))
-                if cold:
+                if kind:
                     share.cold.add(slot)
         return tuple(sorted(taken))
 
@@ -206,9 +213,9 @@ class Reuse:
             hot.insert(0, match.kv_length)
         wanted = self._shares[request].wanted
         for position in hot:
-            wanted.setdefault(self._aligned(position), False)
-        for rung in range(RUNGS):
-            wanted.setdefault(self._aligned(end - (PAGE_TOKENS << rung)), True)
+            wanted.setdefault(self._aligned(position), HOT)
+        for i, rung in enumerate(_ladder(end), 1):
+            wanted.setdefault(rung, COLD if i % 8 == 0 or i & (i - 1) == 0 else SPARE)
         for position in [p for p in wanted if p <= match.position]:
             del wanted[position]
 
@@ -239,6 +246,15 @@ class Reuse:
                 request.id, match.position, length, at, self.text_of(request.ids(max(0, at - 16), at)),
                 self.text_of(request.ids(at, at + 8)), self.text_of(match.parted[:8]),
             )  # fmt: skip
+
+
+def _ladder(end: int) -> Iterator[int]:
+    """Rungs back from `end`: on the same multiples for all prompts, where chunks end anyway."""
+    rung, step = end, PAGE_TOKENS
+    while (rung := (rung - 1) // step * step) > 0 and end - rung <= LADDER:
+        yield rung
+        if end - rung >= 16 * step:
+            step *= 2
 
 
 def _prefills(request: Request) -> bool:
