@@ -76,26 +76,51 @@ def _prefetch(w, first, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, CO
 
 
 @triton.jit
+def _multiplied(tile, value, PAIRS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+    """Sums of eight neighbours of weights times a value a column."""
+    if PAIRS:
+        if dtype == tl.bfloat16:
+            low = (tile << 16).to(tl.float32, bitcast=True)
+            high = (tile & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = tile.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            high = (tile >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        weight = tl.reshape(tl.join(low, high), [ROWS, COLUMNS])
+    else:
+        weight = tile.to(tl.float32)
+    return _by_eights(weight * value[None, :], ROWS, COLUMNS)
+
+
+@triton.jit
 def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-         THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+         THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+         RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """ROWS results of the one token; the next tile is on its way while one is multiplied, the first before the wait.
-    PREFETCH more tiles may go into the L2 cache before the wait: right where the kernel before leaves memory idle."""
+    PREFETCH more tiles may go into the L2 cache before the wait: right where the kernel before leaves memory idle.
+    16-bit weights of even sizes are loaded as PAIRS, which stay one register each until they are multiplied."""
     EVEN: tl.constexpr = (N % ROWS == 0) and (K % COLUMNS == 0)
+    EIGHTS: tl.constexpr = COLUMNS >= 8 * THREADS
+    HELD: tl.constexpr = 8 if EIGHTS else 4
     LAST: tl.constexpr = (K - 1) // COLUMNS * COLUMNS
+    dtype: tl.constexpr = w.dtype.element_ty
+    PAIRS: tl.constexpr = EVEN and dtype.primitive_bitwidth == 16
+    STEP: tl.constexpr = COLUMNS // 2 if PAIRS else COLUMNS
+    WIDTH: tl.constexpr = K // 2 if PAIRS else K
     first = tl.program_id(0) * ROWS
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
-    EIGHTS: tl.constexpr = COLUMNS >= 8 * THREADS
     n = first + r
-    gate = (w + first.to(tl.int64) * K + c)[None, :] + (r * K)[:, None]
-    up = gate + N * K
-    gate_tile = _weights(gate, n, c, N, K, EVEN)
+    tile = w.to(tl.pointer_type(tl.int32)) if PAIRS else w
+    t = tl.arange(0, STEP)
+    gate = (tile + first.to(tl.int64) * WIDTH + t)[None, :] + (r * WIDTH)[:, None]
+    up = gate + N * WIDTH
+    gate_tile = _weights(gate, n, t, N, K, EVEN)
     gate_sum = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
     if GATED:
-        up_tile = _weights(up, n, c, N, K, EVEN)
+        up_tile = _weights(up, n, t, N, K, EVEN)
         up_sum = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
     if NORM:
-        squares = tl.zeros([COLUMNS // 4], tl.float32)
+        squares = tl.zeros([COLUMNS // HELD], tl.float32)
     if PREFETCH > 0:
         _prefetch(w, first, N, K, ROWS, COLUMNS, PREFETCH, THREADS)
         if GATED:
@@ -103,30 +128,31 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
-    for k in tl.range(0, LAST, COLUMNS):
+    for i in tl.range(0, LAST // COLUMNS):
+        k = i * COLUMNS
         if NORM:
             value = _wide(x, k, K, COLUMNS, True, EIGHTS)
-            squares += tl.sum(tl.reshape(value * value, [COLUMNS // 4, 4]), axis=1)
+            squares += tl.sum(tl.reshape(value * value, [COLUMNS // HELD, HELD]), axis=1)
             value = value * (1.0 + _wide(norm, k, K, COLUMNS, True, EIGHTS))
         else:
             value = _column(x, k + c, K, True)
-        next_gate = _weights(gate + k + COLUMNS, n, k + COLUMNS + c, N, K, EVEN)
+        next_gate = _weights(gate + (i + 1) * STEP, n, (i + 1) * STEP + t, N, K, EVEN)
         if GATED:
-            next_up = _weights(up + k + COLUMNS, n, k + COLUMNS + c, N, K, EVEN)
-        gate_sum += _by_eights(gate_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
+            next_up = _weights(up + (i + 1) * STEP, n, (i + 1) * STEP + t, N, K, EVEN)
+        gate_sum += _multiplied(gate_tile, value, PAIRS, ROWS, COLUMNS, dtype)
         gate_tile = next_gate
         if GATED:
-            up_sum += _by_eights(up_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
+            up_sum += _multiplied(up_tile, value, PAIRS, ROWS, COLUMNS, dtype)
             up_tile = next_up
     if NORM:
         value = _wide(x, LAST, K, COLUMNS, EVEN, EIGHTS)
-        squares += tl.sum(tl.reshape(value * value, [COLUMNS // 4, 4]), axis=1)
+        squares += tl.sum(tl.reshape(value * value, [COLUMNS // HELD, HELD]), axis=1)
         value = value * (1.0 + _wide(norm, LAST, K, COLUMNS, EVEN, EIGHTS))
     else:
         value = _column(x, LAST + c, K, EVEN)
-    gate_sum += _by_eights(gate_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
+    gate_sum += _multiplied(gate_tile, value, PAIRS, ROWS, COLUMNS, dtype)
     if GATED:
-        up_sum += _by_eights(up_tile.to(tl.float32) * value[None, :], ROWS, COLUMNS)
+        up_sum += _multiplied(up_tile, value, PAIRS, ROWS, COLUMNS, dtype)
     release_next(pdl)
     out = tl.sum(gate_sum, axis=1)
     scale = 1.0
