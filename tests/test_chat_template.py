@@ -10,8 +10,10 @@ import pytest
 
 import tritium
 from tritium.chat import ChatFormat, byte_chat_format, images_in, load_chat
+from tritium.chat.format import TOOL_PARSERS
 from tritium.chat.template import ChatTemplate
-from tritium.core import CheckpointError, RequestError
+from tritium.config import TOOL_CALL_PARSERS, EngineConfig
+from tritium.core import CheckpointError, ConfigError, RequestError
 
 WEATHER = {
     "type": "function",
@@ -280,6 +282,23 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     assert load_chat(tmp_path).render([USER], tools=[WEATHER]) == "tools"
     write(tmp_path, chat_template__jinja="file")
     assert load_chat(tmp_path).render([USER]) == "file"
+
+
+def test_the_parser_of_tool_calls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By name, or by the template: one that writes calls in a form that is not known gets a warning."""
+    assert ("auto", *TOOL_PARSERS) == TOOL_CALL_PARSERS
+    call = "{% for tool in tools %}{{ '<tool_call>' ~ OPEN }}{% endfor %}"
+    write(tmp_path, chat_template__jinja=call.replace("OPEN", "'<function='"))
+    load_chat(tmp_path)
+    assert not caplog.text
+    write(tmp_path, chat_template__jinja=call.replace("OPEN", "'{}'"))
+    load_chat(tmp_path, "qwen3_coder")
+    assert not caplog.text
+    load_chat(tmp_path)
+    assert "does not write tool calls as qwen3_xml" in caplog.text
+    with pytest.raises(ConfigError, match="--tool-call-parser hermes") as refused:
+        EngineConfig(tool_call_parser="hermes")
+    assert refused.value.hint == "one of auto, qwen3_xml, qwen3_coder"
 
 
 @pytest.mark.parametrize(

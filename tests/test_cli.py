@@ -46,6 +46,8 @@ def outcome(*arguments: str) -> int:
         (["generate", "--n", "0", "x"], 2, "n must be within", None),
         (["generate", ""], 2, "the prompt is empty", "on stdin"),
         (["generate", "--dtype", "int3", "x"], 2, "'int3' is not one of", "tritium generate --help"),
+        (["serve", "--tool-call-parser", "hermes"], 2, "'hermes' is not one of 'auto', 'qwen3_xml', 'qwen3_coder'",
+         "tritium serve --help"),
         (["generate", "--max-num-seqs", "0", "x"], 2, "--max-num-seqs must be at least 1", None),
         (["generate", "--model", "no/such/dir", "x"], 1, "no/such/dir", "a directory, owner/name"),
         (["generate", "--device", "cuda:77", "x"], 2, "--device cuda:77", "--device"),

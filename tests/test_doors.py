@@ -50,6 +50,16 @@ def test_a_message(plain):
     assert done.usage.output_tokens == len("It is 🙂 noon.".encode()) + 1
 
 
+def test_the_models(plain):
+    page = plain.anthropic.models.list()
+    assert [(model.id, model.type, model.display_name) for model in page] == [(MODEL, "model", MODEL)]
+    assert (page.first_id, page.last_id, page.has_more) == (MODEL, MODEL, False)
+    assert plain.anthropic.models.retrieve(MODEL).created_at.year == 1970
+    with pytest.raises(anthropic.NotFoundError):
+        plain.anthropic.models.retrieve("other")
+    assert [model.object for model in plain.client.models.list()] == ["model"]
+
+
 def test_a_message_streamed(plain):
     with plain.anthropic.messages.stream(model=MODEL, max_tokens=100, messages=ASK) as stream:
         assert "".join(stream.text_stream) == "It is 🙂 noon."

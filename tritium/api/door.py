@@ -257,7 +257,7 @@ def load_engine(config: EngineConfig) -> EngineCore:
 
 def load_format(config: EngineConfig, directory: Path) -> ChatFormat:
     """The text format of the checkpoint in `directory`."""
-    return load_chat(directory if config.tokenizer is None else Path(config.tokenizer))
+    return load_chat(directory if config.tokenizer is None else Path(config.tokenizer), config.tool_call_parser)
 
 
 def _ids(value: object) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from tritium.chat.stream import TextStream
 from tritium.chat.tags import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
 from tritium.chat.template import ChatTemplate, load_template
 from tritium.chat.tokenizer import Tokenizer
-from tritium.chat.tools import ToolParser
+from tritium.chat.tools import FUNCTION, ToolParser
 from tritium.core.errors import RequestError
 
+log = logging.getLogger(__name__)
+
+TOOL_PARSERS = {"qwen3_xml": ToolParser, "qwen3_coder": ToolParser}
+"""By vLLM's names, the family's first."""
 _PROMPT_TAIL = 32
 """Ids of a prompt's end that are decoded to see whether it ends in `<think>`."""
 
@@ -24,8 +29,10 @@ _PROMPT_TAIL = 32
 class ChatFormat:
     """Tokenizer and chat template of a checkpoint: messages to a prompt, ids to an answer."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None, *,
+                 tool_call_parser: str = "qwen3_xml") -> None:
         self.tokenizer = tokenizer
+        self._tool_parser = TOOL_PARSERS[tool_call_parser]
         self._template = template
 
     @property
@@ -97,16 +104,24 @@ class ChatFormat:
             Detokenizer(self.tokenizer, hidden=hidden),
             StopMatcher(stop, include=include_stop),
             splitter=splitter,
-            answer_tools=ToolParser(functions) if functions else None,
-            reasoning_tools=ToolParser(functions) if functions and splitter else None,
+            answer_tools=self._tool_parser(functions) if functions else None,
+            reasoning_tools=self._tool_parser(functions) if functions and splitter else None,
             min_tokens=min_tokens,
         )
 
 
-def load_chat(directory: Path) -> ChatFormat:
+def load_chat(directory: Path, tool_call_parser: str = "auto") -> ChatFormat:
     """The text side of the checkpoint in `directory`: tokenizer.json, and the chat template if there is one.
+
+    `tool_call_parser` is a name of `TOOL_PARSERS`, or auto: the one whose calls the template writes.
 
     Raises `CheckpointError` for files that are missing, damaged or do not parse.
     """
     directory = Path(directory)
-    return ChatFormat(Tokenizer.load(directory), load_template(directory))
+    template = load_template(directory)
+    if tool_call_parser == "auto":
+        tool_call_parser = next(iter(TOOL_PARSERS))
+        if template is not None and "tools" in template.names and FUNCTION not in template.source:
+            log.warning("the chat template does not write tool calls as %s, which answers are read as; tools may fail",
+                        tool_call_parser)
+    return ChatFormat(Tokenizer.load(directory), template, tool_call_parser=tool_call_parser)

@@ -32,6 +32,7 @@ class ChatTemplate:
         self._with_tools = self._plain if tool_source is None else _compile(tool_source, origin)
         self.names = _names(source) | _names(tool_source or "")
         """Variables that it reads."""
+        self.source = source + (tool_source or "")
         self.variables: Mapping[str, Any] = {}
         """Defaults that a call may override (special tokens)."""
 

@@ -14,7 +14,7 @@ from tritium.chat.stop import overlap
 from tritium.chat.tags import END_TOOL_CALL, TOOL_CALL
 from tritium.core.stages import ToolCall, ToolCallDelta
 
-_FUNCTION, _END_FUNCTION, _PARAMETER, _END_PARAMETER = "<function=", "</function>", "<parameter=", "</parameter>"
+FUNCTION, _END_FUNCTION, _PARAMETER, _END_PARAMETER = "<function=", "</function>", "<parameter=", "</parameter>"
 
 # The newlines before a call separate it from the text; the look-behind keeps the search linear in their number.
 _CALL = re.compile(r"(?<!\n)\n*<tool_call>\s*<function=([^<>\n]+)>")
@@ -123,7 +123,7 @@ class ToolParser:
         text = self._buffer
         start = text.rfind(TOOL_CALL)
         rest = text[start + len(TOOL_CALL) :].lstrip()
-        if start < 0 or not (_FUNCTION.startswith(rest) or _PARTIAL_FUNCTION.fullmatch(rest)):
+        if start < 0 or not (FUNCTION.startswith(rest) or _PARTIAL_FUNCTION.fullmatch(rest)):
             tags = (TOOL_CALL, END_TOOL_CALL) if self._after_call else (TOOL_CALL,)
             start = len(text) - max(overlap(text, tag) for tag in tags)
         return len(text[:start].rstrip("\n"))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from tritium.config import DTYPES, LOAD_FORMATS, EngineConfig, flag
+from tritium.config import DTYPES, LOAD_FORMATS, TOOL_CALL_PARSERS, EngineConfig, flag
 from tritium.core import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -17,6 +17,7 @@ ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "revision": (str, "Branch, tag or commit of a hub model."),
     "download_dir": (str, "Where hub models are kept, instead of Hugging Face's cache."),
     "tokenizer": (str, "Directory of the tokenizer and template, when it is not the model's."),
+    "tool_call_parser": (click.Choice(TOOL_CALL_PARSERS), "How tool calls are read; auto: by the chat template."),
     "dtype": (click.Choice(DTYPES), "Compute dtype; auto: the checkpoint's on a GPU, float32 on a CPU."),
     "device": (str, "auto, cpu, cuda or cuda:N (AMD GPUs too)."),
     "max_model_len": (int, "Longest prompt + output in tokens; default: the checkpoint's limit, or what fits."),

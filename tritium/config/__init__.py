@@ -13,6 +13,7 @@ HEAD_TOKENS = 512
 """Tokens that the MTP head looks back on, so that a guess costs the same in a long text as in a short one."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("safetensors", "auto", "dummy")
+TOOL_CALL_PARSERS = ("auto", "qwen3_xml", "qwen3_coder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class EngineConfig:
     revision: str | None = None
     download_dir: str | None = None
     tokenizer: str | None = None
+    tool_call_parser: str = "auto"
+    """How tool calls are read out of the text; auto: by the chat template. vLLM's two names are one format here."""
     dtype: str = "auto"
     """auto: the checkpoint's dtype on a GPU; float32 on a CPU (exact, and faster there than bfloat16)."""
     device: str = "auto"
@@ -74,6 +77,9 @@ class EngineConfig:
         if self.load_format not in LOAD_FORMATS:
             hint = f"one of {', '.join(LOAD_FORMATS)}"
             raise ConfigError(f"--load-format {self.load_format} is not supported", hint=hint)
+        if self.tool_call_parser not in TOOL_CALL_PARSERS:
+            hint = f"one of {', '.join(TOOL_CALL_PARSERS)}"
+            raise ConfigError(f"--tool-call-parser {self.tool_call_parser} is not supported", hint=hint)
         Speculation.parse(self.speculate)
         for name in (
             "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes",

@@ -42,6 +42,8 @@ from tritium.server.writers import Call, OpenAIWriter, Writer
 
 log = logging.getLogger(__name__)
 
+_ANTHROPIC = "anthropic-version"
+"""A header of Anthropic's clients."""
 _DRAINED_BYTES = 64 * 2**20
 
 
@@ -198,11 +200,13 @@ class Routes:
         protocol.parse(protocol.FlushCache, await self._fields(request))
         return JSONResponse(await self._session.keep("flush"))
 
-    async def models(self) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._names]})
+    async def models(self, request: Request) -> Response:
+        cards = [self._card(name, request) for name in self._names]
+        ends = {"has_more": False, "first_id": self._names[0], "last_id": self._names[-1]}
+        return JSONResponse({"data": cards} | (ends if _ANTHROPIC in request.headers else {"object": "list"}))
 
-    async def model(self, name: str) -> Response:
-        return JSONResponse(self._card(self._check_model(name)))
+    async def model(self, name: str, request: Request) -> Response:
+        return JSONResponse(self._card(self._check_model(name), request))
 
     async def health(self) -> Response:
         session = self._session
@@ -288,7 +292,10 @@ class Routes:
                                     param="model")
         return self._names[0] if name is None else name
 
-    def _card(self, name: str) -> dict[str, Any]:
+    def _card(self, name: str, request: Request) -> dict[str, Any]:
+        if _ANTHROPIC in request.headers:
+            return {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z",
+                    "max_input_tokens": self._session.door.max_model_len}
         return {"id": name, "object": "model", "created": 0, "owned_by": "tritium", "root": self._names[0],
                 "parent": None, "max_model_len": self._session.door.max_model_len}
 

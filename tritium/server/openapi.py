@@ -86,7 +86,7 @@ ENDPOINTS = (
              answer=_object(pages=_INTEGER, checkpoints=_INTEGER), request=(protocol.FlushCache,)),
     Endpoint(method="POST", path="/detokenize", about="Token ids to text.", answer=_object(prompt=_STRING),
              request=(protocol.DetokenizeRequest,)),
-    Endpoint(method="GET", path="/v1/models", about="The names of the model.",
+    Endpoint(method="GET", path="/v1/models", about="The names of the model; for Anthropic's clients in their form.",
              answer=_object(object=_const("list"), data=_list(_CARD))),
     Endpoint(method="GET", path="/v1/models/{name}", about="One of them.", answer=_CARD),
     Endpoint(method="GET", path="/health", about="200 when requests are served, 503 when not. Needs no key.",
