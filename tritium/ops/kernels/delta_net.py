@@ -299,13 +299,14 @@ def _short(
     if width != WIDTH:
         raise ValueError(f"the kernel's convolution has {WIDTH} taps, not {width}")
     tokens, ring, table = max(spans.lengths[:rows]), conv.shape[1], spans.table
-    chosen = parameters("delta_net.step" if tokens == 1 else "delta_net.drafts", x_TE, heads=heads, rows=rows)
+    name, depth = "delta_net.step" if tokens == 1 else "delta_net.drafts", pending.shape[1]
+    chosen = parameters(name, x_TE, heads=heads, rows=rows, drafts=int(depth > 0))
     aside = tokens > ring - (width - 1)
     launch(
         _step, (heads, rows), x_TE, conv_CW, A_log_N, dt_bias_N, norm_V, eps, state, conv, pending, y_TM,
         table.starts_R, table.lengths_R, table.contexts_R, table.sources_R, table.slots_R, table.folds_R,
         table.drafts_R, table.snap_at_R, table.snap_slot_R, x_TE.stride(0), L2=L2_EPS, NK=key_heads, NV=heads, DK=key,
-        DV=value, G=ring, D=pending.shape[1], TOKENS=tokens, FIXED=spans.num_tokens == spans.num_rows * tokens,
+        DV=value, G=ring, D=depth, TOKENS=tokens, FIXED=spans.num_tokens == spans.num_rows * tokens,
         RING=not aside, **chosen,
     )  # fmt: skip
     if aside:
