@@ -3,19 +3,19 @@
 With G the sum of log decays of a chunk's tokens up to one, D_ij = exp(G_i - G_j) for j <= i, and S the state before the
 chunk, the recurrence of `tritium.ops.gdn` over a chunk is (Yang et al., arXiv:2406.06484 and arXiv:2412.06464):
 
-    T = (I + tril(β K Kᵀ D, -1))^-1       w = T β exp(G) K       u = T β V       (of every chunk at once)
-    v = u - w S                           S <- exp(G_last) S + (exp(G_last - G) K)ᵀ v                  (in order)
-    o = exp(G) Q S + tril(Q Kᵀ D) v                                              (of every chunk at once)
+    T = (I + tril(β K Kᵀ D, -1))^-1                              (of every chunk at once)
+    u = T (β v - β exp(G) K S)      S <- exp(G_last) S + (exp(G_last - G) K)ᵀ u          (in order)
+    o = exp(G) Q S + tril(Q Kᵀ D) u                              (of every chunk at once)
 
 Chunks end at positions that are multiples of 64 and at snapshots, so a prompt's states do not depend on how it was cut
 at multiples of 64. They are padded to 64 tokens with zeros (k, v, β and log decay), which leave the state as it is: no
-mask but at the step's own tensors. States and v are kept transposed, [dv, dk] and [dv, 64], so that the pass can feed
-both of its products from registers, as attention does. Exponents are never positive; their sums, decay, are float64
-where the inputs are float32, because differences of neighbours are what counts.
+mask but at the step's own tensors. States, v and u are kept transposed, [dv, dk] and [dv, 64], so that the pass can
+feed its products from registers, as attention does. Exponents are never positive; their sums, decay, are float64 where
+the inputs are float32, because differences of neighbours are what counts. All are powers of 2.
 
-Shapes: T tokens, N = nv value heads, C chunks; scratch in the inputs' dtype: qk [C, 2 nk, 64, dk], w [C, N, 64, dk],
-v [C, N, dv, 64] (u before the pass), h [C, N, dv, dk] (states before the chunks); decay (G) and fade (exp(G_last - G))
-[C, N, 64].
+Shapes: T tokens, N = nv value heads, C chunks; scratch in the inputs' dtype: qk [C, 2 nk, 64, dk], v [C, N, dv, 64]
+(β v, after the pass u), mix (T) [C, N, 64, 64], h [C, N, dv, dk] (states before the chunks); decay (G) [C, N, 64];
+scale [C, N, 2, 64]: β exp(G) and exp(G_last - G).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tritium.ops.spans import Spans
 CHUNK = 64
 C64 = tl.constexpr(CHUNK)
 EPS = tl.constexpr(L2_EPS)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Plan(NamedTuple):
@@ -75,6 +76,15 @@ def _plan(spans: Spans, first: int) -> Plan:
 
 
 @triton.jit
+def _sigmoid(x, exact: tl.constexpr):
+    """Exact but for its rounding, or within 2^-21 at half the instructions."""
+    if exact:
+        return 1.0 / (1.0 + tl.exp(-x))
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return root * root
+
+
+@triton.jit
 def _convolved(x, x_stride, conv_w, ring, chunk_at, t, c, channels, WIDTH: tl.constexpr, RING: tl.constexpr):
     """silu(conv(x)) of tokens t of a chunk in channels c, float32, zero beyond its end; WIDTH 0: x as it is."""
     start, length, done = tl.load(chunk_at), tl.load(chunk_at + 1), tl.load(chunk_at + 2)
@@ -96,7 +106,7 @@ def _convolved(x, x_stride, conv_w, ring, chunk_at, t, c, channels, WIDTH: tl.co
             inside = live & (done + t >= WIDTH - 1 - j)
             value = tl.load(from_x - (WIDTH - 1 - j) * x_stride, mask=inside[:, None], other=0.0).to(tl.float32)
             y += value * tl.load(conv_w + c * WIDTH + j)[None, :]
-        y = y / (1.0 + tl.exp(-y))
+        y *= _sigmoid(y, x.dtype.element_ty == tl.float32)
     return y
 
 
@@ -111,6 +121,37 @@ def _queries_and_keys(x, x_stride, conv_w, ring, chunks, qk, channels, NK: tl.co
     y = y * tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None] * tl.where(head < NK, DK**-0.5, 1.0)
     release_next(pdl)
     tl.store(qk + ((chunk * 2 * NK + head) * C64 + t[:, None]) * DK + d[None, :], y.to(qk.dtype.element_ty))
+
+
+@triton.jit
+def _values(x, x_stride, conv_w, ring, b, gate_stride, chunks, v, channels, N: tl.constexpr, NK: tl.constexpr,
+            DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, RING: tl.constexpr, tokens: tl.constexpr,
+            values: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """Convolution of `values` channels of v, times β."""
+    c, chunk = tl.program_id(0) * values + tl.arange(0, values), tl.program_id(1).to(tl.int64)
+    t = tl.program_id(2) * tokens + tl.arange(0, tokens)
+    wait_for_inputs(pdl)
+    at = (tl.load(chunks + chunk * 5) + t).to(tl.int64) * gate_stride + tl.program_id(0) * values // DV
+    beta = tl.load(b + at, mask=t < tl.load(chunks + chunk * 5 + 1), other=0.0).to(tl.float32)
+    y = _convolved(x, x_stride, conv_w, ring, chunks + chunk * 5, t, 2 * NK * DK + c, channels, WIDTH, RING)
+    y *= _sigmoid(beta, True)[:, None]
+    release_next(pdl)
+    tl.store(v + (chunk * N * DV + c[None, :]) * C64 + t[:, None], y.to(v.dtype.element_ty))
+
+
+@triton.jit
+def _inverse(x):
+    """(I + x)^-1 for x strictly lower triangular, 64 x 64, float32: of the blocks of 2 on the diagonal, then of blocks
+    twice as large, (A, 0; B, C)^-1 = (A^-1, 0; -C^-1 B A^-1, C^-1). Products are of halves: of a Gated DeltaNet's keys,
+    no number here is larger than 1."""
+    i = tl.arange(0, C64)
+    t = tl.where(i[:, None] == i[None, :], 1.0, tl.where(i[:, None] == i[None, :] ^ 1, -x, 0.0))
+    x = (-x).to(tl.float16)
+    for level in tl.static_range(1, 6):
+        low, block = t.to(tl.float16), i >> level
+        below = tl.where(block[:, None] == (block ^ 1)[None, :], tl.dot(low, x), 0.0)
+        t = tl.dot(below.to(tl.float16), low, t)
+    return t
 
 
 @triton.jit
@@ -133,9 +174,9 @@ def _merged(x, below, B: tl.constexpr, n: tl.constexpr, precision: tl.constexpr)
 
 
 @triton.jit
-def _inverse(x, precision: tl.constexpr):
-    """(I + x)^-1 for x strictly lower triangular, 64 x 64, float32: blocks of 8 as (I - x)(I + x^2)(I + x^4), then
-    merges. Powers may grow far beyond the inverse: C(7, 3) = 35 times in a block of 8, 6435 times in one of 16.
+def _exact_inverse(x, precision: tl.constexpr):
+    """The same in smaller products of float32: blocks of 8 as (I - x)(I + x^2)(I + x^4), then merges. Powers may grow
+    far beyond the inverse: C(7, 3) = 35 times in a block of 8, 6435 times in one of 16.
     """
     halves, below_32 = _quartered(tl.reshape(x, (1, 64, 64)), 1, 32)
     blocks, below_16 = _quartered(halves, 2, 16)
@@ -152,47 +193,35 @@ def _inverse(x, precision: tl.constexpr):
 
 
 @triton.jit
-def _prepare(x, x_stride, conv_w, ring, a, b, gate_stride, A_log, dt_bias, chunks, qk, w, v, decay, fade, channels,
-             N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-             RING: tl.constexpr, keys: tl.constexpr, values: tl.constexpr, precision: tl.constexpr,
-             pdl: tl.constexpr):  # fmt: skip
-    """Gates, T, w and u of one chunk and value head; `keys` of dk and `values` of dv at a time."""
+def _prepare(a, b, gate_stride, A_log, dt_bias, chunks, qk, mix, decay, scale, N: tl.constexpr, NK: tl.constexpr,
+             DK: tl.constexpr, keys: tl.constexpr, precision: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """Gates and T of one chunk and value head; `keys` of dk at a time."""
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    t, d, e = tl.arange(0, C64), tl.arange(0, keys), tl.arange(0, values)
-    rate, bias = -tl.exp(tl.load(A_log + head)), tl.load(dt_bias + head)
+    t, d = tl.arange(0, C64), tl.arange(0, keys)
+    rate, bias = tl.exp(tl.load(A_log + head)) * -LOG2E, tl.load(dt_bias + head)
+    exact: tl.constexpr = mix.dtype.element_ty == tl.float32
     wait_for_inputs(pdl)
     at = (tl.load(chunks + chunk * 5) + t).to(tl.int64) * gate_stride + head
     live = t < tl.load(chunks + chunk * 5 + 1)
     step = tl.load(a + at, mask=live, other=0.0).to(tl.float32) + bias
-    step = rate * (tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step))))
-    beta = 1.0 / (1.0 + tl.exp(-tl.load(b + at, mask=live, other=0.0).to(tl.float32)))
-    beta = tl.where(live, beta, 0.0)
-    total = tl.cumsum(tl.where(live, step, 0.0).to(decay.dtype.element_ty), 0)
-    last = tl.sum(tl.where(t == C64 - 1, total, 0.0), 0)
-    base = chunk * N + head
-    tl.store(decay + base * C64 + t, total)
-    tl.store(fade + base * C64 + t, tl.exp((last - total).to(tl.float32)))
-
+    beta = tl.where(live, _sigmoid(tl.load(b + at, mask=live, other=0.0).to(tl.float32), True), 0.0)
     in_k = qk + (chunk * 2 * NK + NK + head // (N // NK)) * C64 * DK + t[:, None] * DK + d[None, :]
     coupling = tl.zeros((C64, C64), tl.float32)
     for piece in range(DK // keys):
         k = tl.load(in_k + piece * keys)
         coupling = tl.dot(k, tl.trans(k), coupling, input_precision="ieee")
-    below = t[:, None] > t[None, :]
-    gap = tl.where(below, (total[:, None] - total[None, :]).to(tl.float32), 0.0)
-    inverse = _inverse(tl.where(below, coupling * beta[:, None] * tl.exp(gap), 0.0), precision) * beta[None, :]
-    low = inverse.to(v.dtype.element_ty)
-    scaled = (inverse * tl.exp(total.to(tl.float32))[None, :]).to(w.dtype.element_ty)
-    for piece in range(DK // keys):
-        product = tl.dot(scaled, tl.load(in_k + piece * keys), input_precision="ieee")
-        tl.store(w + (base * C64 + t[:, None]) * DK + piece * keys + d[None, :], product.to(w.dtype.element_ty))
-    for piece in range(DV // values):
-        own = piece * values + e
-        x_tile = _convolved(x, x_stride, conv_w, ring, chunks + chunk * 5, t, 2 * NK * DK + head * DV + own, channels,
-                            WIDTH, RING)  # fmt: skip
-        u = tl.dot(low, x_tile.to(low.dtype), input_precision="ieee")
-        tl.store(v + (base * DV + own[:, None]) * C64 + t[None, :], tl.trans(u).to(v.dtype.element_ty))
+    step = rate * (tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step))))
+    total = tl.cumsum(tl.where(live, step, 0.0).to(decay.dtype.element_ty), 0)
+    last = tl.sum(tl.where(t == C64 - 1, total, 0.0), 0)
+    base = chunk * N + head
+    tl.store(decay + base * C64 + t, total)
+    tl.store(scale + base * 2 * C64 + t, beta * tl.exp2(total.to(tl.float32)))
+    tl.store(scale + (base * 2 + 1) * C64 + t, tl.exp2((last - total).to(tl.float32)))
+    gap = tl.where(t[:, None] > t[None, :], (total[:, None] - total[None, :]).to(tl.float32), float("-inf"))
+    x = coupling * beta[:, None] * tl.exp2(gap)
+    inverse = _exact_inverse(x, precision) if exact else _inverse(x)
     release_next(pdl)
+    tl.store(mix + (base * C64 + t[:, None]) * C64 + t[None, :], inverse.to(mix.dtype.element_ty))
 
 
 @triton.jit
@@ -218,7 +247,7 @@ def _keep(x, x_stride, ring, rows, segments, channels, WIDTH: tl.constexpr, RING
 
 
 @triton.jit
-def _advance(state, qk, w, v, decay, fade, h, rows, segments, N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
+def _advance(state, qk, mix, v, decay, scale, h, rows, segments, N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
              DV: tl.constexpr, values: tl.constexpr, stages: tl.constexpr, from_registers: tl.constexpr,
              pdl: tl.constexpr):  # fmt: skip
     """The states of a row, one value head and `values` of its dv: chunk after chunk. They are the left factors of the
@@ -229,8 +258,8 @@ def _advance(state, qk, w, v, decay, fade, h, rows, segments, N: tl.constexpr, N
     t, d = tl.arange(0, C64), tl.arange(0, DK)
     source, context, first, last = tl.load(row), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     in_pool = state + d[None, :] * DV + e[:, None]
-    in_h, in_v = h + e[:, None] * DK + d[None, :], v + e[:, None] * C64 + t[None, :]
-    in_w, in_k = w + t[:, None] * DK + d[None, :], qk + t[:, None] * DK + d[None, :]
+    in_h, in_v = e[:, None] * DK + d[None, :], e[:, None] * C64 + t[None, :]
+    in_mix, in_k = t[:, None] * C64 + t[None, :], t[:, None] * DK + d[None, :]
     wait_for_inputs(pdl)
     s = tl.zeros((values, DK), tl.float32)
     if context > 0:
@@ -241,21 +270,25 @@ def _advance(state, qk, w, v, decay, fade, h, rows, segments, N: tl.constexpr, N
             chunk = begin.to(tl.int64) + i
             base = chunk * N + head
             s_low = s.to(h.dtype.element_ty)
-            tl.store(in_h + base * DV * DK, s_low)
-            w_tile = tl.load(in_w + base * C64 * DK)
-            u_tile = tl.load(in_v + base * DV * C64).to(tl.float32)
+            tl.store(h + base * DV * DK + in_h, s_low)
+            k_tile = tl.load(qk + (chunk * 2 * NK + NK + head // (N // NK)) * C64 * DK + in_k)
+            v_tile = tl.load(v + base * DV * C64 + in_v).to(tl.float32)
+            grown = tl.load(scale + base * 2 * C64 + t)[None, :]
+            mixer = tl.load(mix + base * C64 * C64 + in_mix)
+            faded = tl.load(scale + (base * 2 + 1) * C64 + t)[None, :]
             if from_registers:
-                new = u_tile - tl.dot(s_low, tl.trans(w_tile), input_precision="ieee")
+                rest = v_tile - grown * tl.dot(s_low, tl.trans(k_tile), input_precision="ieee")
+                new = tl.dot(rest.to(v.dtype.element_ty), tl.trans(mixer), input_precision="ieee")
             else:
-                new = u_tile - tl.trans(tl.dot(w_tile, tl.trans(s_low), input_precision="ieee"))
-            tl.store(in_v + base * DV * C64, new.to(v.dtype.element_ty))
-            faded = (new * tl.load(fade + base * C64 + t)[None, :]).to(v.dtype.element_ty)
-            k_tile = tl.load(in_k + (chunk * 2 * NK + NK + head // (N // NK)) * C64 * DK)
-            s = s * tl.exp(tl.load(decay + base * C64 + C64 - 1).to(tl.float32))
+                rest = v_tile - grown * tl.trans(tl.dot(k_tile, tl.trans(s_low), input_precision="ieee"))
+                new = tl.trans(tl.dot(mixer, tl.trans(rest.to(v.dtype.element_ty)), input_precision="ieee"))
+            tl.store(v + base * DV * C64 + in_v, new.to(v.dtype.element_ty))
+            new = (new * faded).to(v.dtype.element_ty)
+            s *= tl.exp2(tl.load(decay + base * C64 + C64 - 1).to(tl.float32))
             if from_registers:
-                s = tl.dot(faded, k_tile, s, input_precision="ieee")
+                s = tl.dot(new, k_tile, s, input_precision="ieee")
             else:
-                s = tl.trans(tl.dot(tl.trans(k_tile), tl.trans(faded), tl.trans(s), input_precision="ieee"))
+                s = tl.trans(tl.dot(tl.trans(k_tile), tl.trans(new), tl.trans(s), input_precision="ieee"))
         slot = tl.load(segments + segment * 4 + 2).to(tl.int64)
         tl.store(in_pool + (slot * N + head) * DK * DV, s.to(state.dtype.element_ty))
     release_next(pdl)
@@ -263,33 +296,39 @@ def _advance(state, qk, w, v, decay, fade, h, rows, segments, N: tl.constexpr, N
 
 @triton.jit
 def _outputs(qk, v, h, decay, z, z_stride, norm, eps, y, chunks, N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
-             DV: tl.constexpr, GATED: tl.constexpr, keys: tl.constexpr, stages: tl.constexpr,
+             DV: tl.constexpr, GATED: tl.constexpr, keys: tl.constexpr, stages: tl.constexpr, ahead: tl.constexpr,
              pdl: tl.constexpr):  # fmt: skip
-    """y of one chunk and value head: from the state before it and from its own tokens, then the gated norm."""
+    """y of one chunk and value head: from the state before it and from its own tokens, then the gated norm. What is
+    used last is loaded first, `ahead`, where there are registers for it."""
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     base = chunk * N + head
     t, d, e = tl.arange(0, C64), tl.arange(0, keys), tl.arange(0, DV)
-    wait_for_inputs(pdl)
+    token = (tl.load(chunks + chunk * 5) + t).to(tl.int64)[:, None]
+    live = (t < tl.load(chunks + chunk * 5 + 1))[:, None]
     in_q = qk + (chunk * 2 * NK + head // (N // NK)) * C64 * DK + t[:, None] * DK + d[None, :]
     in_h = h + (base * DV + e[:, None]) * DK + d[None, :]
+    in_v, in_z = v + (base * DV + e[:, None]) * C64 + t[None, :], z + token * z_stride + head * DV + e[None, :]
+    wait_for_inputs(pdl)
+    if ahead and GATED:
+        gate = tl.load(in_z, mask=live, other=0.0)
     weights, o = tl.zeros((C64, C64), tl.float32), tl.zeros((C64, DV), tl.float32)
     for piece in tl.range(DK // keys, num_stages=stages):
         q, k = tl.load(in_q + piece * keys), tl.load(in_q + NK * C64 * DK + piece * keys)
+        before = tl.load(in_h + piece * keys)
         weights = tl.dot(q, tl.trans(k), weights, input_precision="ieee")
-        o = tl.dot(q, tl.trans(tl.load(in_h + piece * keys)), o, input_precision="ieee")
+        o = tl.dot(q, tl.trans(before), o, input_precision="ieee")
+    new = tl.load(in_v)
     total = tl.load(decay + base * C64 + t)
-    seen = t[:, None] >= t[None, :]
-    gap = tl.where(seen, (total[:, None] - total[None, :]).to(tl.float32), 0.0)
-    weights = tl.where(seen, weights * tl.exp(gap), 0.0).to(v.dtype.element_ty)
-    o *= tl.exp(total.to(tl.float32))[:, None]
-    new = tl.load(v + (base * DV + e[:, None]) * C64 + t[None, :])
+    gap = tl.where(t[:, None] >= t[None, :], (total[:, None] - total[None, :]).to(tl.float32), float("-inf"))
+    weights = (weights * tl.exp2(gap)).to(v.dtype.element_ty)
+    o *= tl.exp2(total.to(tl.float32))[:, None]
     o = tl.dot(weights, tl.trans(new), o, input_precision="ieee")
-    token = (tl.load(chunks + chunk * 5) + t).to(tl.int64)[:, None]
-    live = (t < tl.load(chunks + chunk * 5 + 1))[:, None]
     if GATED:
-        gate = tl.load(z + token * z_stride + head * DV + e[None, :], mask=live, other=0.0).to(tl.float32)
+        if not ahead:
+            gate = tl.load(in_z, mask=live, other=0.0)
+        gate = gate.to(tl.float32)
         o = o * tl.rsqrt(tl.sum(o * o, 1) / DV + eps)[:, None] * tl.load(norm + e)[None, :]
-        o = o * gate / (1.0 + tl.exp(-gate))
+        o = o * gate * _sigmoid(gate, z.dtype.element_ty == tl.float32)
     release_next(pdl)
     tl.store(y + (token * N + head) * DV + e[None, :], o.to(y.dtype.element_ty), mask=live)
 
@@ -344,22 +383,28 @@ def _run(plan: Plan, x: torch.Tensor, conv_CW: torch.Tensor | None, conv: torch.
     sizes: dict[str, Any] = {"N": N, "NK": key_heads, "DK": DK, "DV": DV}
     taps: dict[str, Any] = {"WIDTH": width, "RING": ring}
     key = {"heads": N, "size": x.element_size()}
-    w = x.new_empty(count, N, CHUNK, DK)
-    v = x.new_empty(count, N, DV, CHUNK)
-    h = x.new_empty(count, N, DV, DK)
     qk = x.new_empty(count, 2 * key_heads, CHUNK, DK)
+    v = x.new_empty(count, N, DV, CHUNK)
+    mix = x.new_empty(count, N, CHUNK, CHUNK)
+    h = x.new_empty(count, N, DV, DK)
     decay = x.new_empty(count, N, CHUNK, dtype=torch.float64 if exact else torch.float32)
-    fade = x.new_empty(count, N, CHUNK, dtype=torch.float32)
+    scale = x.new_empty(count, N, 2, CHUNK, dtype=torch.float32)
     options = parameters("gdn.queries_and_keys", x, **key)
     launch(
         _queries_and_keys, (2 * key_heads, count, CHUNK // options["tokens"]), x, x.stride(0), conv_CW, conv,
         plan.chunks, qk, channels, NK=key_heads, DK=DK, **taps, **options,
     )  # fmt: skip
-    options = parameters("gdn.prepare", x, **key)
-    options |= {"keys": min(options["keys"], DK), "values": min(options["values"], DV)}
+    options = parameters("gdn.values", x, **key)
+    options["values"] = min(options["values"], DV)
     launch(
-        _prepare, (N, count), x, x.stride(0), conv_CW, conv, a, b, a.stride(0), A_log, dt_bias, plan.chunks, qk, w, v,
-        decay, fade, channels, **sizes, **taps, **options,
+        _values, (N * DV // options["values"], count, CHUNK // options["tokens"]), x, x.stride(0), conv_CW, conv, b,
+        b.stride(0), plan.chunks, v, channels, **sizes, **taps, **options,
+    )  # fmt: skip
+    options = parameters("gdn.prepare", x, **key)
+    options["keys"] = min(options["keys"], DK)
+    launch(
+        _prepare, (N, count), a, b, a.stride(0), A_log, dt_bias, plan.chunks, qk, mix, decay, scale, N=N,
+        NK=key_heads, DK=DK, **options,
     )  # fmt: skip
     if width:
         options = parameters("gdn.keep", x, **key)
@@ -370,7 +415,7 @@ def _run(plan: Plan, x: torch.Tensor, conv_CW: torch.Tensor | None, conv: torch.
     options = parameters("gdn.chunk_state", x, **key)
     options["values"] = min(options["values"], DV)
     launch(
-        _advance, (N * DV // options["values"], rows), state, qk, w, v, decay, fade, h, plan.rows, plan.segments,
+        _advance, (N * DV // options["values"], rows), state, qk, mix, v, decay, scale, h, plan.rows, plan.segments,
         **sizes, **options,
     )  # fmt: skip
     z, norm, eps = gate or (x, A_log, 0.0)
