@@ -146,7 +146,8 @@ def _route_one(x, norm, router, shared, logits, inner, eps, H: tl.constexpr, E: 
 def _up_one(x, norm, logits, gate_up, inner, eps, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
             STRIDE: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr,
             BLOCK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """ROWS of gate and up of the expert of rank j, times its weight. COPIES: one for each warp."""
+    """ROWS of gate and up of the expert of rank j, times its weight. COPIES: one for each warp. The ranks below, which
+    only its weight depends on, are looked up while the first tiles are on their way."""
     blocks: tl.constexpr = (I + ROWS - 1) // ROWS
     rank = tl.program_id(0) // blocks
     i = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -158,15 +159,16 @@ def _up_one(x, norm, logits, gate_up, inner, eps, H: tl.constexpr, E: tl.constex
     largest, chosen, key = next_expert(key, expert)
     total = tl.full((COPIES,), 1.0, tl.float32)
     mine = total
-    for j in tl.static_range(1, K):
-        value, who, key = next_expert(key, expert)
-        value = tl.exp(value - largest)
-        total += value
-        mine = tl.where(rank == j, value, mine)
-        chosen = tl.where(rank == j, who, chosen)
+    for _ in range(rank):
+        value, chosen, key = next_expert(key, expert)
+        mine = tl.exp(value - largest)
+        total += mine
     row = tl.max(chosen, axis=0).to(tl.int64) * (2 * I) + tl.minimum(i, I - 1)
     a_at, b_at = gate_up + row[:, None] * H, gate_up + (row + I)[:, None] * H
     a, b = _tile(a_at, k, H, BLOCK), _tile(b_at, k, H, BLOCK)
+    for _ in range(rank + 1, K):
+        value, chosen, key = next_expert(key, expert)
+        total += tl.exp(value - largest)
     a, b = _two_rows(a, b, x_first, weight, a_at, b_at, x, norm, eps, H, ROWS, BLOCK)
     release_next(pdl)
     value = a / (1.0 + tl.exp(-a)) * b * tl.max(mine / total, axis=0)

@@ -1,17 +1,20 @@
-"""Routed experts for several tokens: (token, choice) pairs sorted by expert, then grouped products over tiles of pairs.
+"""Routed experts for several tokens: grouped products over (token, choice) pairs of one expert, tile by tile.
 
     route    logits of h = norm(x)                     a decode step fuses the norm: the scale 1 / rms comes later
-    choose   experts and weights of each token         with few tokens the same kernel sorts as well
-    place    the order of the pairs, the tiles         every program sums the counts of the blocks before its own
-    grouped  silu(gate h) · up h for pairs in order; then down of them, put back to (token, rank)
+    choose   experts and weights of each token
+    place    the pairs by expert, the tiles            every program sums the counts of the blocks before its own
+    grouped  silu(gate h) · up h of each pair; then down of them
     combine  x + Σ by falling weight + sigmoid(gate) · shared
 
-The shared expert of the experts' width is a group like any other, its tiles before the rest; another width goes through
-`linear`. Nothing depends on the host knowing a choice: there are programs for as many tiles as there can be, and those
-beyond the real number end. A pair's products see its own row alone, so a token's result does not depend on the others.
+With at most FEW tokens nothing is placed: each program of `grouped` finds its expert and that one's tokens in the
+choices of all. The shared expert of the experts' width is a group like any other, before the rest; another width goes
+through `linear`. Nothing depends on the host knowing a choice: there are programs for as many tiles as there can be,
+and those beyond the real number end. A pair's products see its own row alone, so a token's result does not depend on
+the others.
 
-Shapes: T tokens, E experts, K experts a token, H hidden, I expert width. `order` [T K] int32: pair = token · K + rank,
-by expert, then token. `tiles`: their number, then from 4 on (expert, first place, end of the expert's places, -) each.
+Shapes: T tokens, E experts, K experts a token, H hidden, I expert width. Pair = token · K + rank; the shared expert's
+follow. `order` [T K] int32: pairs by expert, then token. `tiles`: their number, then from 4 on (expert, first place,
+end of the expert's places, -) each.
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ import triton
 import triton.language as tl
 
 from tritium.ops.kernels.launch import exact_dot, launch, parameters, release_next, wait_for_inputs
-from tritium.ops.kernels.moe import keys, lanes_of, logits_stride, next_expert
+from tritium.ops.kernels.moe import LOWEST, keys, lanes_of, logits_stride, next_expert
 from tritium.ops.kernels.norm import rms_norm
 from tritium.ops.linear import linear
+
+FEW = 64
+"""Tokens whose choices each program looks through."""
 
 
 @triton.jit
@@ -64,32 +70,12 @@ def _route(x, norm, router, g, logits, T, H: tl.constexpr, F: tl.constexpr, STRI
 
 
 @triton.jit
-def _order(block, token, expert, rank, before, count, order, tiles, K: tl.constexpr, TILE: tl.constexpr):
-    """Writes the places of one block's pairs. `rank` [rows, N] is -1 where an expert is not chosen; `before` and
-    `count` [N] are the pairs of each expert in earlier blocks and in all; the first block writes the tiles."""
-    start = tl.cumsum(count, axis=0) - count
-    chosen = (rank >= 0).to(tl.int32)
-    place = (start + before)[None, :] + tl.cumsum(chosen, axis=0) - chosen
-    tl.store(order + place, token[:, None] * K + rank, mask=rank >= 0)
-    if block == 0:
-        many = (count + TILE - 1) // TILE
-        first = tl.cumsum(many, axis=0) - many
-        tl.store(tiles, tl.sum(many, axis=0))
-        for i in range(tl.max(many, axis=0)):
-            at = tiles + 4 + 4 * (first + i)
-            tl.store(at, expert, mask=i < many)
-            tl.store(at + 1, start + i * TILE, mask=i < many)
-            tl.store(at + 2, start + count, mask=i < many)
-
-
-@triton.jit
-def _choose(logits, experts, weights, scales, counts, order, tiles, T, eps, H: tl.constexpr, K: tl.constexpr,
+def _choose(logits, experts, weights, chosen, scales, T, eps, H: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr,
             E: tl.constexpr, STRIDE: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
-            TILE: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """Experts and weights (not yet divided by their sum) of TOKENS tokens, by rank, then the shared expert's weight.
-    STEPS above 0: the norm is fused, so logits are to be summed and scaled. WHOLE: these are all the tokens, and their
-    pairs are put in order, too; else `counts` [blocks, LANES PARTS] says how often each expert is chosen."""
-    N: tl.constexpr = LANES * PARTS
+            STEPS: tl.constexpr, COUNT: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """Experts and weights of TOKENS tokens, by rank, then the shared expert's weight. STEPS above 0: the norm is fused,
+    so logits are to be summed and scaled. `chosen`: [T, LANES PARTS / 32] bits of experts; COUNT: how often each
+    expert is chosen here, [blocks, LANES PARTS]."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     real = token < T
     wait_for_inputs(pdl)
@@ -104,33 +90,40 @@ def _choose(logits, experts, weights, scales, counts, order, tiles, T, eps, H: t
             gate += tl.load(at + s * T * STRIDE)
             squares += tl.load(at + s * T * STRIDE + 1)
         scale = tl.rsqrt(squares / H + eps)
-        tl.store(scales + token, scale, mask=real)
         gate *= scale
         key, expert = keys(logits, row, scale[:, None], T * STRIDE, STRIDE, E, LANES, PARTS, STEPS)
-    tl.store(weights + token * (K + 1) + K, 1.0 / (1.0 + tl.exp(-gate)), mask=real)
-    rank = tl.full((TOKENS, LANES, PARTS), -1, tl.int32)
-    largest = tl.zeros((TOKENS,), tl.float32)
-    for j in tl.static_range(K):
+    rank = tl.arange(0, RANKS)[None, :]
+    largest, who, key = next_expert(key, expert)
+    total = tl.full((TOKENS,), 1.0, tl.float32)
+    value_TR, who_TR = total[:, None] + rank * 0.0, who[:, None] + rank * 0
+    for j in tl.static_range(1, K):
         value, who, key = next_expert(key, expert)
-        if j == 0:
-            largest = value
-        rank = tl.where(expert == who[:, None, None], j, rank)
-        tl.store(weights + token * (K + 1) + j, tl.exp(value - largest), mask=real)
-        tl.store(experts + token * K + j, who, mask=real)
+        value = tl.exp(value - largest)
+        total += value
+        value_TR, who_TR = tl.where(rank == j, value[:, None], value_TR), tl.where(rank == j, who[:, None], who_TR)
     release_next(pdl)
-    rank = tl.reshape(tl.where(real[:, None, None], rank, -1), (TOKENS, N))
-    count = tl.sum((rank >= 0).to(tl.int32), axis=0)
-    if WHOLE:
-        who = tl.max(tl.reshape(expert, (TOKENS, N)), axis=0)
-        _order(0, token, who, rank, count * 0, count, order, tiles, K, TILE)
+    if STEPS > 0:
+        tl.store(scales + token, scale, mask=real)
+    tl.store(weights + token * (K + 1) + K, 1.0 / (1.0 + tl.exp(-gate)), mask=real)
+    some = real[:, None] & (rank < K)
+    tl.store(weights + token[:, None] * (K + 1) + rank, value_TR / total[:, None], mask=some)
+    tl.store(experts + token[:, None] * K + rank, who_TR, mask=some)
+    mine = ((key == LOWEST) & (expert < E) & real[:, None, None]).to(tl.int32)
+    if COUNT:
+        n = tl.program_id(0) * (LANES * PARTS) + tl.arange(0, LANES * PARTS)
+        tl.store(chosen + n, tl.sum(tl.reshape(mine, (TOKENS, LANES * PARTS)), axis=0))
     else:
-        tl.store(counts + tl.program_id(0) * N + tl.arange(0, N), count)
+        bits = tl.reshape(mine << (expert % 32), (TOKENS, LANES // 32, 32, PARTS))
+        word = tl.arange(0, LANES // 32)[:, None] + tl.arange(0, PARTS)[None, :] * (LANES // 32)
+        at_bits = chosen + token[:, None, None] * (LANES * PARTS // 32) + word[None, :, :]
+        tl.store(at_bits, tl.sum(bits, axis=2), mask=real[:, None, None])
 
 
 @triton.jit
 def _place(experts, counts, order, tiles, T, K: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
            TOKENS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """The places of TOKENS tokens' pairs. STEP: blocks whose counts are summed at a time."""
+    """The places of TOKENS tokens' pairs; the first program writes the tiles. STEP: blocks whose counts are summed at a
+    time."""
     N: tl.constexpr = LANES * PARTS
     block = tl.program_id(0)
     n = tl.arange(0, N)
@@ -148,7 +141,67 @@ def _place(experts, counts, order, tiles, T, K: tl.constexpr, LANES: tl.constexp
         who = tl.load(experts + token * K + j, mask=token < T, other=-1)
         rank = tl.where(expert[None, :] == who[:, None], j, rank)
     release_next(pdl)
-    _order(block, token, expert, rank, before, count, order, tiles, K, TILE)
+    start = tl.cumsum(count, axis=0) - count
+    chosen = (rank >= 0).to(tl.int32)
+    place = (start + before)[None, :] + tl.cumsum(chosen, axis=0) - chosen
+    tl.store(order + place, token[:, None] * K + rank, mask=rank >= 0)
+    if block == 0:
+        many = (count + TILE - 1) // TILE
+        first = tl.cumsum(many, axis=0) - many
+        tl.store(tiles, tl.sum(many, axis=0))
+        for i in range(tl.max(many, axis=0)):
+            at = tiles + 4 + 4 * (first + i)
+            tl.store(at, expert, mask=i < many)
+            tl.store(at + 1, start + i * TILE, mask=i < many)
+            tl.store(at + 2, start + count, mask=i < many)
+
+
+@triton.jit
+def _product(x, base, y, scales, x_row, y_row, real, row, N: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
+             ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr, SWAP: tl.constexpr,
+             STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """TOKENS rows of x by ROWS of the N rows at `base` of D weights."""
+    k = tl.arange(0, BLOCK)
+    real = real[:, None]
+    x_at = x + x_row.to(tl.int64)[:, None] * D + k[None, :]
+    w_at = base + tl.minimum(row, N - 1)[:, None] * D + k[None, :]
+    if SWAP:
+        total = tl.zeros((ROWS, TOKENS), tl.float32)
+    else:
+        total = tl.zeros((TOKENS, ROWS), tl.float32)
+    if UP:
+        total_up = total
+    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
+        if D % BLOCK == 0:
+            a = tl.load(w_at + start)
+            value = tl.load(x_at + start, mask=real, other=0.0)
+            if UP:
+                b = tl.load(w_at + N * D + start)
+        else:
+            inside = start + k[None, :] < D
+            a = tl.load(w_at + start, mask=inside, other=0.0)
+            value = tl.load(x_at + start, mask=inside & real, other=0.0)
+            if UP:
+                b = tl.load(w_at + N * D + start, mask=inside, other=0.0)
+        if SWAP:
+            total = tl.dot(a, tl.trans(value), total, input_precision=PRECISION)
+            if UP:
+                total_up = tl.dot(b, tl.trans(value), total_up, input_precision=PRECISION)
+        else:
+            total = tl.dot(value, tl.trans(a), total, input_precision=PRECISION)
+            if UP:
+                total_up = tl.dot(value, tl.trans(b), total_up, input_precision=PRECISION)
+    release_next(pdl)
+    if UP:
+        if SCALED:
+            scale = tl.load(scales + x_row)
+            scale = scale[None, :] if SWAP else scale[:, None]
+            total, total_up = total * scale, total_up * scale
+        total = total / (1.0 + tl.exp(-total)) * total_up
+    if SWAP:
+        total = tl.trans(total)
+    y_at = y + y_row.to(tl.int64)[:, None] * N + row[None, :]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=real & (row < N)[None, :])
 
 
 @triton.jit
@@ -156,12 +209,11 @@ def _grouped(x, w, shared, y, scales, order, tiles, T, shared_tiles, PAIRS, K: t
              D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr,
              SCALED: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
              pdl: tl.constexpr):  # fmt: skip
-    """TOKENS pairs of one expert by ROWS of its N rows of D weights. UP: rows of h by token to silu(gate) · up by
-    place; else (down) rows by place to rows by pair. SWAP: the weights are the left factor."""
+    """TOKENS pairs of one expert by ROWS of its N rows of D weights. UP: rows of h by token to silu(gate) · up by pair;
+    else (down) rows by pair to rows by pair. SWAP: the weights are the left factor."""
     blocks: tl.constexpr = (N + ROWS - 1) // ROWS
     tile = tl.program_id(0) // blocks
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK)
     of_shared = tile < shared_tiles
     at = tiles + 4 + 4 * tl.maximum(tile - shared_tiles, 0)
     wait_for_inputs(pdl)
@@ -171,54 +223,55 @@ def _grouped(x, w, shared, y, scales, order, tiles, T, shared_tiles, PAIRS, K: t
         end = tl.where(of_shared, PAIRS + T, end)
         base = tl.where(of_shared, shared, w + expert.to(tl.int64) * ((1 + UP) * N * D))
         place = first + tl.arange(0, TOKENS)
-        real = (place < end)[:, None]
+        real = place < end
         place = tl.minimum(place, end - 1)
-        pair = tl.load(order + place, mask=place < PAIRS, other=0)
-        if UP:
-            x_row, y_row = tl.where(of_shared, place - PAIRS, pair // K), place
-        else:
-            x_row, y_row = place, tl.where(of_shared, place, pair)
-        x_at = x + x_row.to(tl.int64)[:, None] * D + k[None, :]
-        w_at = base + tl.minimum(row, N - 1)[:, None] * D + k[None, :]
-        if SWAP:
-            total = tl.zeros((ROWS, TOKENS), tl.float32)
-        else:
-            total = tl.zeros((TOKENS, ROWS), tl.float32)
-        if UP:
-            total_up = total
-        for start in tl.range(0, D, BLOCK, num_stages=STAGES):
-            if D % BLOCK == 0:
-                a = tl.load(w_at + start)
-                value = tl.load(x_at + start, mask=real, other=0.0)
-                if UP:
-                    b = tl.load(w_at + N * D + start)
-            else:
-                inside = start + k[None, :] < D
-                a = tl.load(w_at + start, mask=inside, other=0.0)
-                value = tl.load(x_at + start, mask=inside & real, other=0.0)
-                if UP:
-                    b = tl.load(w_at + N * D + start, mask=inside, other=0.0)
-            if SWAP:
-                total = tl.dot(a, tl.trans(value), total, input_precision=PRECISION)
-                if UP:
-                    total_up = tl.dot(b, tl.trans(value), total_up, input_precision=PRECISION)
-            else:
-                total = tl.dot(value, tl.trans(a), total, input_precision=PRECISION)
-                if UP:
-                    total_up = tl.dot(value, tl.trans(b), total_up, input_precision=PRECISION)
-        release_next(pdl)
-        if UP:
-            if SCALED:
-                scale = tl.load(scales + x_row)
-                scale = scale[None, :] if SWAP else scale[:, None]
-                total, total_up = total * scale, total_up * scale
-            total = total / (1.0 + tl.exp(-total)) * total_up
-        if SWAP:
-            total = tl.trans(total)
-        y_at = y + y_row.to(tl.int64)[:, None] * N + row[None, :]
-        tl.store(y_at, total.to(y.dtype.element_ty), mask=real & (row < N)[None, :])
-    else:
-        release_next(pdl)
+        pair = tl.where(of_shared, place, tl.load(order + place, mask=place < PAIRS, other=0))
+        x_row = tl.where(of_shared, place - PAIRS, pair // K) if UP else pair
+        _product(x, base, y, scales, x_row, pair, real, row, N, D, TOKENS, ROWS, BLOCK, UP, SCALED, SWAP, STAGES,
+                 PRECISION, pdl)  # fmt: skip
+    release_next(pdl)
+
+
+@triton.jit
+def _grouped_few(x, w, shared, y, scales, experts, chosen, T, slots, first_slot, PAIRS, K: tl.constexpr,
+                 RANKS: tl.constexpr, WORDS: tl.constexpr, FEW: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+                 TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
+                 SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """As `_grouped`, with the tokens of one chosen expert after the other, `slots` apart; 0 is the shared expert. FEW:
+    T or more."""
+    blocks: tl.constexpr = (N + ROWS - 1) // ROWS
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    token, rank, word = tl.arange(0, FEW), tl.arange(0, RANKS)[None, :], tl.arange(0, WORDS)[None, :]
+    expert = tl.arange(0, 32 * WORDS)
+    real = (token < T)[:, None]
+    wait_for_inputs(pdl)
+    bits = tl.load(chosen + token[:, None] * WORDS + word, mask=real, other=0)
+    who = tl.load(experts + token[:, None] * K + rank, mask=real & (rank < K), other=-1)
+    any_bits = tl.reduce(bits, 0, _or)
+    is_chosen = tl.reshape((any_bits[:, None] >> tl.arange(0, 32)[None, :]) & 1, (32 * WORDS,))
+    slot = tl.cumsum(is_chosen, axis=0) * is_chosen
+    for mine in range(first_slot + tl.program_id(0) // blocks, tl.max(slot, axis=0) + 1, slots):
+        e = tl.sum(tl.where(slot == mine, expert, 0), axis=0)
+        here, base = who == e, w + e.to(tl.int64) * ((1 + UP) * N * D)
+        pair = token * K + tl.sum(tl.where(here, rank, 0), axis=1)
+        has = tl.max(here.to(tl.int32), axis=1)
+        if mine == 0:
+            base, pair, has = shared, PAIRS + token, (token < T).to(tl.int32)
+        place = tl.cumsum(has, axis=0) * has
+        count = tl.sum(has, axis=0)
+        for first in range(1, 2 if FEW <= TOKENS else count + 1, TOKENS):
+            at = first + tl.arange(0, TOKENS)
+            same = at[:, None] == place[None, :]
+            y_row = tl.sum(tl.where(same, pair[None, :], 0), axis=1)
+            x_row = tl.sum(tl.where(same, token[None, :], 0), axis=1) if UP else y_row
+            _product(x, base, y, scales, x_row, y_row, at <= count, row, N, D, TOKENS, ROWS, BLOCK, UP, SCALED, SWAP,
+                     STAGES, PRECISION, pdl)  # fmt: skip
+    release_next(pdl)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
 
 
 @triton.jit
@@ -228,13 +281,10 @@ def _combine(x, weights, routed, shared, y, H: tl.constexpr, K: tl.constexpr, BL
     inside = column < H
     wait_for_inputs(pdl)
     weights += token * (K + 1)
-    sum_weights = tl.load(weights)
-    for j in tl.static_range(1, K):
-        sum_weights += tl.load(weights + j)
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(K):
         value = tl.load(routed + (token * K + j) * H + column, mask=inside, other=0.0).to(tl.float32)
-        total += value * (tl.load(weights + j) / sum_weights)
+        total += value * tl.load(weights + j)
     value = tl.load(shared + token * H + column, mask=inside, other=0.0).to(tl.float32)
     total += value * tl.load(weights + K)
     value = tl.load(x + token * H + column, mask=inside, other=0.0)
@@ -262,34 +312,41 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
 
     up = _tiled("moe.grouped_up", x_TH, dtype, H, H=H, I=I, T=T)
     down = _tiled("moe.grouped_down", x_TH, dtype, I, H=H, I=I, T=T)
-    tile = up["TOKENS"]
+    slots, tile, few = up.pop("SLOTS", E), up["TOKENS"], T <= FEW
     most = (pairs + min(E, pairs) * (tile - 1)) // tile
     lanes, parts = lanes_of(E)
     choose = parameters("moe.choose", x_TH, E=E, T=T)
-    choose["TOKENS"] = min(choose["TOKENS"], triton.next_power_of_2(T))
+    choose["TOKENS"] = 1 if few else choose["TOKENS"]
     choose["num_warps"] = min(choose["num_warps"], choose["TOKENS"])
-    blocks = triton.cdiv(T, choose["TOKENS"])
+    blocks, ranks = triton.cdiv(T, choose["TOKENS"]), triton.next_power_of_2(k)
     weights, scales = x_TH.new_empty(T, k + 1), x_TH.new_empty(T)
-    order, experts, counts, tiles = (
-        torch.empty(n, dtype=torch.int32, device=device) for n in (pairs, pairs, blocks * lanes * parts, 4 * most + 4)
+    experts, chosen, order, tiles = (
+        torch.empty(n, dtype=torch.int32, device=device) for n in (pairs, blocks * lanes * parts, pairs, 4 * most + 4)
     )
-    shape = {"K": k, "LANES": lanes, "PARTS": parts, "TILE": tile}
-    launch(_choose, (blocks,), logits, experts, weights, scales, counts, order, tiles, T, eps, H=H, E=E,
-           STRIDE=logits.shape[2], STEPS=steps if fused else 0, WHOLE=blocks == 1, **shape, **choose)  # fmt: skip
-    if blocks > 1:
+    shape = {"K": k, "LANES": lanes, "PARTS": parts}
+    launch(_choose, (blocks,), logits, experts, weights, chosen, scales, T, eps, H=H, E=E, RANKS=ranks,
+           STRIDE=logits.shape[2], STEPS=steps if fused else 0, COUNT=not few, **shape, **choose)  # fmt: skip
+    if not few:
         step = min(32, triton.next_power_of_2(blocks))
-        launch(_place, (blocks,), experts, counts, order, tiles, T, STEP=step, **shape, **choose)
+        launch(_place, (blocks,), experts, chosen, order, tiles, T, TILE=tile, STEP=step, **shape, **choose)
 
-    shared_tiles = triton.cdiv(T, tile) if together else 0
     rows = pairs + (T if together else 0)
     inner, out = h_TH.new_empty(rows, I), h_TH.new_empty(rows, H)
     for x, w, shared, y, n, options in (
         (h_TH, gate_up_EJH, shared_gate_up_SH, inner, I, up),
         (inner, down_EHI, shared_down_HS, out, H, {**down, "TOKENS": tile}),
     ):
-        grid = ((shared_tiles + most) * triton.cdiv(n, options["ROWS"]),)
-        launch(_grouped, grid, x, w, shared, y, scales, order, tiles, T, shared_tiles, pairs, K=k, N=n, D=x.shape[1],
-               UP=x is h_TH, SCALED=fused, PRECISION=precision, **options)  # fmt: skip
+        options = {**options, "K": k, "N": n, "D": x.shape[1], "UP": x is h_TH, "SCALED": fused, "PRECISION": precision}
+        programs = triton.cdiv(n, options["ROWS"])
+        if few:
+            groups = min(E, pairs, slots) + together
+            launch(_grouped_few, (groups * programs,), x, w, shared, y, scales, experts, chosen, T, groups,
+                   1 - together, pairs, RANKS=ranks, WORDS=lanes * parts // 32, FEW=triton.next_power_of_2(T),
+                   **options)  # fmt: skip
+        else:
+            shared_tiles = triton.cdiv(T, tile) if together else 0
+            launch(_grouped, ((shared_tiles + most) * programs,), x, w, shared, y, scales, order, tiles, T,
+                   shared_tiles, pairs, **options)  # fmt: skip
     if together:
         out_shared = out[pairs:]
     else:
