@@ -29,6 +29,9 @@ COLUMNS: dict[str, tuple[_Column, ...]] = {
               *((f"{kind}.{q}", f"{kind.upper()} {q} ms", 1e3, ".2f") for kind in ("ttft", "tpot", "itl")
                 for q in ("p50", "p99")), ("errors", "errors", 1, "d"),
               ("step_us.gap", "gap us", 1, ".1f")),
+    "cache": (("workload", "workload", 0, ""), ("requests", "requests", 1, ",d"), ("tokens", "prompt tokens", 1, ",d"),
+              ("computed", "computed", 1, ",d"), ("fewest", "fewest", 1, ",d"), ("share", "% reused", 100, ".1f"),
+              ("ratio", "speed, on / off", 1, ".3f")),
     "fill": (("rows", "rows", 1, "d"), ("context", "context", 1, ",d"), ("pages_used", "pages", 1, ",d"),
              ("pages_total", "of", 1, ",d"), ("peak_bytes", "peak GB", 1e-9, ".2f"),
              ("planned_bytes", "planned GB", 1e-9, ".2f"), ("complete", "complete", 0, ""), ("alike", "alike", 0, ""),
@@ -128,7 +131,7 @@ def _texts(kind: str, cell: Result) -> list[str]:
 
 
 def _aligned(kind: str, texts: Sequence[str]) -> str:
-    widths = [max(9, len(name) + 2) if factor else {"sizes": 42, "op": 18}.get(key, 20)
+    widths = [max(9, len(name) + 2) if factor else {"sizes": 42, "op": 18, "workload": 42}.get(key, 20)
               for key, name, factor, _ in COLUMNS[kind]]
     return "  ".join(text.rjust(width) if factor else text.ljust(width)
                      for text, width, (_, _, factor, _) in zip(texts, widths, COLUMNS[kind]))

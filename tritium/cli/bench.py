@@ -35,20 +35,35 @@ def speculation(rounds: int, **flags: Any) -> None:
     config = options.engine_config(flags)
 
     from tritium.bench import speculation as benchmark
-    from tritium.eval import tasks
-
-    def turns(seed: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        samples = tasks.samples("word_problems", "heldout", 1000 + seed, 60)
-        return [(sample.task.messages[-1], {"role": "assistant", "content": sample.reply["content"]})
-                for sample in samples]
 
     click.echo("                       with drafts   without   ratio  tokens per forward", err=True)
     cells = []
-    for cell in benchmark.run(config, turns, rounds=rounds):
+    for cell in benchmark.run(config, _turns, rounds=rounds):
         cells.append(cell)
         click.echo(benchmark.line(cell), err=True)
     click.echo(json.dumps({"model": config.model, "speculate": config.speculate, "cells": cells,
                            "forced_acceptance": config.benchmark_force_acceptance}))
+
+
+def _turns(seed: int, count: int = 60) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Questions and their answers."""
+    from tritium.eval import tasks
+
+    samples = tasks.samples("word_problems", "heldout", 1000 + seed, count)
+    return [(sample.task.messages[-1], {"role": "assistant", "content": sample.reply["content"]})
+            for sample in samples]
+
+
+@bench.command()
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs of runs of the price.")
+@options.engine_flags
+def cache(rounds: int, **flags: Any) -> None:
+    """What the prefix cache saves requests that share a beginning, and what it costs those that do not."""
+    config = options.engine_config(flags)
+
+    from tritium.bench import cache as benchmark
+
+    _report("cache", config, benchmark.run(config, _turns(0, 31), rounds=rounds), total=6)
 
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
