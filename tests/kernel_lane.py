@@ -78,7 +78,9 @@ def ratios(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int) -> dict[
         if not value.is_floating_point():
             out[name] = 0.0 if torch.equal(got[name].cpu().long(), value.long()) else float("inf")
             continue
-        allowed = op.spec.tolerance * max(relative(expected[name], value), ROUNDING[dtype])
+        # In float32 the reference's sums run in the order of a BLAS for CPUs, which is nobody's standard on a GPU.
+        tolerance = op.spec.tolerance * (2 if dtype == torch.float32 else 1)
+        allowed = tolerance * max(relative(expected[name], value), ROUNDING[dtype])
         out[name] = relative(got[name], value) / allowed
     return out
 

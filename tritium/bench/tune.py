@@ -35,7 +35,7 @@ _PAIRS = (("rows", "columns"), ("rows", "depth"), ("depth", "num_stages"))
 def neighbours(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Parameters to try next to these, none twice."""
     for name, value in parameters.items():
-        for other in _values(name, value):
+        for other in _values(name, value) if isinstance(value, int) else ():
             yield {**parameters, name: other}
     for first, second in _PAIRS:
         if first in parameters and second in parameters:

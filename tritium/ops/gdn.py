@@ -66,6 +66,8 @@ SPEC = OpSpec(
         + 8 * d.get("R", 1) * d["nv"] * d["dk"] * d["dv"]
     ),
     flops=lambda d: 7 * d["T"] * d["nv"] * d["dk"] * d["dv"],
+    # Chunks round q, k and v after their norm once more; over a head of 16 dims that is seen (measured: 2.2).
+    tolerance=3.0,
     tuning_key=("nv", "dk", "dv"),
 )
 

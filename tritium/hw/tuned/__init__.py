@@ -5,7 +5,8 @@ A file is for one chip ("sm_90") or for all (default.json):
     {"linear.gemv": [{"key": {"N": 16480, "K": 5120}, "parameters": {"rows": 16, "num_warps": 4}}, ...], ...}
 
 The entry of a request is the one with exactly its key, else the nearest (sum over the key's numbers of |log2((asked +
-1) / (entry + 1))|, an entry without one of them matching any), of the chip's file, else of the default file.
+1) / (entry + 1))|, an entry without one of them matching any; of equals the one that names most), of the chip's file,
+else of the default file.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def choice(op: str, target: Target, key: dict[str, int]) -> dict[str, Any]:
     for name in (target.arch, "default"):
         entries = table(name).get(op, [])
         if entries:
-            best = min(entries, key=lambda entry: _distance(entry["key"], key))
+            best = min(entries, key=lambda entry: (_distance(entry["key"], key), -len(entry["key"])))
             how = "default" if name == "default" else "exact" if best["key"] == key else "nearest"
             return {**best, "file": f"{name}.json", "how": how}
     raise KeyError(f"no launch parameters for {op} in {DIRECTORY}")
