@@ -38,7 +38,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is still held back, a broken end as U+FFFD."""
-        text = self._tokenizer.decode(self._window, skip_special=False)
+        text = self._tokenizer.text(self._window)
         piece, self._emitted = text[self._emitted :], len(text)
         return piece
 
@@ -49,10 +49,10 @@ class Detokenizer:
         self._window.append(id)
         if _BYTE_TOKEN.fullmatch(token):
             return ""
-        text = self._tokenizer.decode(self._window, skip_special=False)
+        text = self._tokenizer.text(self._window)
         settled = max(len(text) - text.endswith(_BROKEN), self._emitted)
         piece, self._emitted = text[self._emitted : settled], settled
         if len(self._window) >= _WINDOW:
             self._window = self._window[-_KEEP:]
-            self._emitted += len(self._tokenizer.decode(self._window, skip_special=False)) - len(text)
+            self._emitted += len(self._tokenizer.text(self._window)) - len(text)
         return piece

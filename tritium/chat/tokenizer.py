@@ -55,6 +55,10 @@ class Tokenizer:
         for id in ids:
             if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**32:
                 raise RequestError(f"{id!r} is not a token id", param="tokens")
+        return self.text(ids, skip_special)
+
+    def text(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """`decode` of what are known to be ids: this runs for every token."""
         text: str = self._inner.decode(ids, skip_special_tokens=skip_special)
         return text
 

@@ -379,5 +379,4 @@ class Envelope:
         return last + "data: [DONE]\n\n"
 
 
-def dumps(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False).encode
