@@ -21,22 +21,19 @@ from tritium.engine import Engine
 
 Turns = Sequence[tuple[dict[str, Any], dict[str, Any]]]
 """Questions and answers, as messages."""
-LONGEST = 6476 + 1296
 
 
 def run(config: EngineConfig, turns: Turns, *, rows: int = 4, rounds: int = 5) -> Iterator[dict[str, Any]]:
     """A workload at a time; at last `rows` requests of 1,024 tokens and 256 more, with the cache and without."""
-    config = dataclasses.replace(config, max_model_len=config.max_model_len or LONGEST + 64)
-    engine = Engine.load(config)
-    rng = random.Random(0)
+    config = dataclasses.replace(config, max_model_len=config.max_model_len or 7836)
+    engine, rng = Engine.load(config), random.Random(0)
 
     def ids(count: int) -> list[int]:
         return [rng.randrange(engine.model_config.vocab_size) for _ in range(count)]
 
-    long = ids(6476)
-    asked: dict[str, list[list[int]]] = {"a prompt of 1,000, then with 16 more": [one := ids(1000), one + ids(16)]}
-    shared = ids(369)
-    asked["2,000 prompts of 370 that share 369"] = [shared + ids(1) for _ in range(2000)]
+    long, shared, one = ids(6476), ids(369), ids(1000)
+    asked = {"a prompt of 1,000, then with 16 more": [one, one + ids(16)],
+             "2,000 prompts of 370 that share 369": [shared + ids(1) for _ in range(2000)]}
     for suffixes in ((40, 376, 1296), (1296, 376, 40)):
         asked[f"6,476 shared, then {', '.join(map(str, suffixes))}"] = [long + ids(count) for count in suffixes]
     asked["a chat; its last answer again; edited"] = chat(load_chat(engine.directory), turns)
@@ -53,15 +50,13 @@ def run(config: EngineConfig, turns: Turns, *, rows: int = 4, rounds: int = 5) -
     pair = [Engine.load(dataclasses.replace(plain, enable_prefix_caching=on)) for on in (True, False)]
     speeds = [[256 * rows / serve(each, [ids(1024) for _ in range(rows)], 256)[0] for each in pair]
               for _ in range(rounds + 1)][1:]  # the first round warms up
-    yield {"workload": f"{rows} of 1,024 that share nothing, 256 more", "requests": rows * rounds,
-           **dict.fromkeys(("tokens", "computed", "fewest"), 1024 * rows * rounds), "share": 0.0,
+    yield {"workload": f"{rows} of 1,024 that share nothing, 256 more", "requests": rows * rounds, "share": 0.0,
            "ratio": statistics.median(on / off for on, off in speeds)}
 
 
 def chat(form: ChatFormat, turns: Turns) -> list[list[int]]:
     """A prompt each turn; the last once more; and the last with another question."""
-    messages: list[dict[str, Any]] = []
-    prompts = []
+    messages, prompts = list[dict[str, Any]](), list[list[int]]()
     for question, answer in turns[:-1]:
         prompts.append(form.encode(form.render([*messages, question])))
         last, messages = messages, [*messages, question, answer]
