@@ -98,10 +98,11 @@ def server_settings(**options) -> ServerSettings:
 @contextmanager
 def served(engine: EngineCore, chat: ChatFormat = CHAT, model: str = MODEL, **options) -> Iterator[Served]:
     """Serve on a free port of 127.0.0.1 until the end of the block. `options`: of the server's settings and limits."""
+    tracer = options.pop("tracer", None)
     settings = server_settings(**options)
     listener = listen("127.0.0.1", 0)
     session = Session.over(engine, chat, seed=0, limits=settings.limits)
-    server = Server(session, [model], settings)
+    server = Server(session, [model], settings, tracer)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10

@@ -23,7 +23,7 @@ from tritium.core import SamplingParams
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tritium"
 BIN = Path(sys.executable).parent
-BUDGET = 15_000
+BUDGET = 15_200
 """Lines of code in tritium/: what is left without blank lines, comments, docstrings and lists of words."""
 LONGEST_FILE = 600
 DATA = {"tritium/eval/tasks.py"}

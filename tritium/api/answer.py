@@ -19,6 +19,7 @@ class Answer:
         self.request = request
         self.index = index
         self.finished = False
+        self.admitted_at = request.arrived_at
         self._text = text
         self._keep_stop = keep_stop
         self._completion_tokens = 0
@@ -85,12 +86,13 @@ class Answer:
 
     def _timing(self, event: TokenEvent) -> Timing:
         """The engine's, or, where a stop string ended the answer before the engine did, the same as of now."""
-        if event.timing is not None:
-            return event.timing
         now, request = time.monotonic(), self.request
+        waited = self.admitted_at - request.arrived_at
+        if event.timing is not None:
+            return dataclasses.replace(event.timing, waited=waited)
         first = self._first_token_at or now
         return Timing(first - request.arrived_at, now - request.arrived_at, self._completion_tokens,
-                      request.num_preemptions)
+                      request.num_preemptions, waited)
 
 
 def merge(events: Sequence[TokenEvent]) -> TokenEvent:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
@@ -229,6 +230,7 @@ class Session:
 
     def _admit(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
+            answer.admitted_at = time.monotonic()
             self._driver.send(answer.request)
 
     def _end_in_time(self, inbox: _Inbox, ids: Sequence[str]) -> asyncio.TimerHandle | None:

@@ -35,6 +35,8 @@ from tritium.core import ConfigError
               help="How long answers may go on after SIGTERM or Ctrl-C; a second one ends all at once.")
 @click.option("--log-format", type=click.Choice(("text", "json", "none")), default="text", show_default=True,
               help="A line for every request.")
+@click.option("--otlp-traces-endpoint", metavar="URL",
+              help="OpenTelemetry collector that gets a span of every request, like http://127.0.0.1:4318/v1/traces.")
 @click.option("--yes-outputs-are-wrong", is_flag=True, help="Serve with --benchmark-force-acceptance all the same.")
 @options.engine_flags
 def serve(model: str | None, yes_outputs_are_wrong: bool, **flags: Any) -> None:

@@ -288,6 +288,8 @@ class Timing:
     """Arrival to the end."""
     output_tokens: int
     preemptions: int
+    waited: float = 0.0
+    """Arrival to being let into the engine."""
 
     @property
     def per_output_token(self) -> float | None:

@@ -85,31 +85,35 @@ class Spans:
 
     @cached_property
     def table(self) -> Table:
-        """One copy to the device. Short rows may ask for one snapshot each."""
-        rows, tokens, width = self.num_rows, self.num_tokens, max(len(row) for row in self.pages)
+        """One copy to the device. Short rows may ask for one snapshot each.
+
+        Kernels are compiled anew where a pointer or stride is a multiple of 16 (bytes, elements) or not: here all are.
+        """
+        rows, tokens, width = self.num_rows, self.num_tokens, _up(max(len(row) for row in self.pages), 16)
+        stride, room = _up(rows, 4), _up(tokens, 4)
         asked = [taken if n <= SHORT else () for taken, n in zip(self.snapshots, self.lengths)]
         snaps = [taken[0] if taken else (0, -1) for taken in asked]
         if any(len(taken) > 1 for taken in asked):
             raise ValueError(f"a row of at most {SHORT} tokens can leave one snapshot")
         columns = (self.starts, self.lengths, self.contexts, self.sources, self.slots, self.folds, self.drafts,
                    self.since or (0,) * rows, [at for at, _ in snaps], [slot for _, slot in snaps])  # fmt: skip
-        host = torch.zeros(rows * (len(columns) + width) + 2 * tokens, dtype=torch.int32)
-        host[: rows * len(columns)] = torch.tensor(columns, dtype=torch.int32).view(-1)
-        pages_RP = host[rows * len(columns) : rows * (len(columns) + width)].view(rows, width)
+        sizes = (len(columns) * stride, rows * width, 2 * room)
+        host = torch.zeros(sum(sizes), dtype=torch.int32)
+        columns_NR, pages_RP, of_tokens_2T = (
+            part.view(-1, n) for part, n in zip(host.split(sizes), (stride, width, room), strict=True)
+        )
+        columns_NR[:, :rows] = torch.tensor(columns, dtype=torch.int32)
         for r, pages in enumerate(self.pages):
             pages_RP[r, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         row_T = torch.repeat_interleave(torch.arange(rows), torch.tensor(self.lengths))
         offset_T = torch.arange(tokens) - torch.tensor(self.starts)[row_T]
-        host[-2 * tokens : -tokens] = row_T
-        host[-tokens:] = offset_T + torch.tensor(self.contexts)[row_T]
-        return self.table_of(host.to(self.device, non_blocking=True), rows, width, tokens)
-
-    @staticmethod
-    def table_of(packed: torch.Tensor, rows: int, width: int, tokens: int) -> Table:
-        """Views of one int32 tensor of rows * (10 + width) + 2 * tokens."""
-        columns_NR, rest = packed[: rows * 10].view(10, rows), packed[rows * 10 :]
-        pages_RP, row_and_position_2T = rest[: rows * width].view(rows, width), rest[rows * width :].view(2, tokens)
-        return Table._make((*columns_NR.unbind(), pages_RP, *row_and_position_2T.unbind()))
+        of_tokens_2T[0, :tokens] = row_T
+        of_tokens_2T[1, :tokens] = offset_T + torch.tensor(self.contexts)[row_T]
+        columns_NR, pages_RP, of_tokens_2T = (
+            part.view(-1, n)
+            for part, n in zip(host.to(self.device).split(sizes), (stride, width, room), strict=True)
+        )
+        return Table._make((*columns_NR[:, :rows].unbind(), pages_RP, *of_tokens_2T[:, :tokens].unbind()))
 
     def cached(self, name: str, make: Callable[[Spans], Made]) -> Made:
         """What an op derives from the spans, made once a step for all layers."""
@@ -260,6 +264,10 @@ class Spans:
             kept_from_N=self.tensor(sources),
             kept_to_N=self.tensor(targets),
         )
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 @dataclass(frozen=True)

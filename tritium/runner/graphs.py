@@ -96,7 +96,7 @@ class Graphs:
         self.model, self.caches = model, caches
         self.rows, self.tokens = sizes(max_rows, drafts)
         most = self.rows[-1] * self.tokens[-1]
-        self._table = empty_table(self.rows[-1], 1, max_pages, model.device)
+        self._table = empty_table(self.rows[-1], 1, -(-max_pages // 16) * 16, model.device)
         self._pages: list[tuple[int, ...]] = [()] * self.rows[-1]
         self._drawn_D = torch.zeros(most, dtype=torch.int64, device=model.device)
         """Of the step that was launched last; -1 where the logits were not finite."""

@@ -81,12 +81,16 @@ def _token_logprobs(logits_SV: torch.Tensor, tokens: Sequence[int], counts: Sequ
 
 
 def _columns(rows: Sequence[Site], device: torch.device) -> dict[str, torch.Tensor]:
-    """Sampling parameters as `sample` takes them, in one copy to the device."""
+    """Sampling parameters as `sample` takes them, in one copy to the device. Each begins on a multiple of 16 bytes:
+    kernels are compiled anew where one does not."""
+    count = len(rows)
+    rows = [*rows, *rows[: count % 2]]
     asked = [row.sampling for row in rows]
     real_3S = torch.tensor([[getattr(s, name) for s in asked] for name in _REAL], dtype=torch.float64)
     whole = [s.top_k for s in asked], [row.seed for row in rows], [row.position for row in rows]
     both_6S = torch.cat([real_3S.view(torch.int64), torch.tensor(whole)]).to(device, non_blocking=True)
     names = (*_REAL, "top_k", "seed", "position")
+    both_6S = both_6S[:, :count]
     return {f"{name}_S": x if i >= 3 else x.view(torch.float64) for i, (name, x) in enumerate(zip(names, both_6S))}
 
 

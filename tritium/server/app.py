@@ -38,6 +38,7 @@ from tritium.server.errors import (
 from tritium.server.guard import Guard, PatientProtocol, caller_of
 from tritium.server.metrics import Metrics
 from tritium.server.settings import ServerSettings
+from tritium.server.tracing import Tracer
 from tritium.server.writers import Call, OpenAIWriter, Writer
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ _ANTHROPIC = "anthropic-version"
 _DRAINED_BYTES = 64 * 2**20
 
 
-def create_app(session: Session, served_model_names: Sequence[str], settings: ServerSettings | None = None) -> ASGIApp:
+def create_app(session: Session, served_model_names: Sequence[str], settings: ServerSettings | None = None,
+               tracer: Tracer | None = None) -> ASGIApp:
     """The application. It starts the session with its event loop and closes it at the end."""
     settings = settings or ServerSettings()
 
@@ -56,6 +58,8 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
         session.start()
         yield
         await session.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(session)
@@ -86,7 +90,8 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST"],
                            allow_headers=["*"], expose_headers=["x-request-id"])
-    return Guard(app, keyring=settings.keyring(), metrics=metrics, log_format=settings.log_format)
+    return Guard(app, keyring=settings.keyring(), metrics=metrics, log_format=settings.log_format,
+                 tracer=tracer)
 
 
 class Routes:
@@ -109,7 +114,7 @@ class Routes:
 
     def _chat(self, body: protocol.ChatRequest, request: Request) -> tuple[AsyncGenerator[Event, None], Call]:
         """The one way from every chat door to the session."""
-        model = self._check_model(body.model)
+        model = caller_of(request.scope).notes["model"] = self._check_model(body.model)
         sampling = convert.chat_sampling(body, self._session.door)
         events = self._session.chat(
             body.messages,
@@ -144,7 +149,7 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         body = protocol.parse(protocol.CompletionRequest, await self._fields(request))
-        model = self._check_model(body.model)
+        model = caller_of(request.scope).notes["model"] = self._check_model(body.model)
         convert.check_stream_options(body)
         door = self._session.door
         prompts = await asyncio.to_thread(door.encode, body.prompt, add_special=body.add_special_tokens)
@@ -251,6 +256,7 @@ class Routes:
                     if text := writer.add(event):
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                     self._metrics.sent(event)
+                    _note_times(event, scope)
                     event = await anext(events)
             except StopAsyncIteration:
                 last = writer.end()
@@ -306,11 +312,17 @@ async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Sco
         async for event in events:
             completions.setdefault(event.index, Completion(event.index, [])).absorb(event)
             writer.count(event)
+            _note_times(event, scope)
     body = convert.dumps(writer.whole([completions[index] for index in sorted(completions)])).encode()
     caller_of(scope).notes |= writer.notes()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _note_times(event: Event, scope: Scope) -> None:
+    if (timing := event.timing) is not None:
+        caller_of(scope).notes |= {"queue": round(timing.waited, 4), "ttft": round(timing.queued, 4)}
 
 
 class Answered(Response):
@@ -358,11 +370,11 @@ class Server(uvicorn.Server):
     """uvicorn that, told to stop, finishes what runs, refuses what is new, and then leaves."""
 
     def __init__(self, session: Session, served_model_names: Sequence[str],
-                 settings: ServerSettings | None = None) -> None:
+                 settings: ServerSettings | None = None, tracer: Tracer | None = None) -> None:
         self._settings = settings = settings or ServerSettings()
         protocol_class = type("Protocol", (PatientProtocol,), {"patience": settings.patience})
         super().__init__(uvicorn.Config(
-            create_app(session, served_model_names, settings), log_level="error", access_log=False,
+            create_app(session, served_model_names, settings, tracer), log_level="error", access_log=False,
             http=protocol_class, ws="none", timeout_graceful_shutdown=int(settings.drain_seconds) + 5))
         self._session = session
         self._draining: asyncio.Future[None] | None = None
@@ -393,9 +405,10 @@ class Server(uvicorn.Server):
 def serve(config: EngineConfig, settings: ServerSettings) -> None:
     """Load the model and serve it until Ctrl-C or SIGTERM. The port is taken first: loading may take long."""
     settings.keyring()
+    tracer = Tracer(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
     with listen(settings.host, settings.port) as listener:
         session = Session.spawn(config, limits=settings.limits)
-        server = Server(session, settings.served_model_names or [config.model], settings)
+        server = Server(session, settings.served_model_names or [config.model], settings, tracer)
         name, bound = listener.getsockname()[:2]
         print(f"serving on http://{f'[{name}]' if ':' in name else name}:{bound}", file=sys.stderr, flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn raises what it was stopped by, after all is closed

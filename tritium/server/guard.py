@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tritium.server.errors import AuthenticationError, error_response
 from tritium.server.metrics import Metrics
 from tritium.server.settings import Keyring
+from tritium.server.tracing import Tracer
 
 access_log = logging.getLogger("tritium.access")
 
@@ -46,11 +47,13 @@ def caller_of(scope: Scope) -> Caller:
 class Guard:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, *, keyring: Keyring, metrics: Metrics, log_format: str) -> None:
+    def __init__(self, app: ASGIApp, *, keyring: Keyring, metrics: Metrics, log_format: str,
+                 tracer: Tracer | None = None) -> None:
         self._app = app
         self._keyring = keyring
         self._metrics = metrics
         self._log_format = log_format
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,14 +95,16 @@ class Guard:
         route = scope.get("route")
         path = getattr(route, "path", "other")
         self._metrics.http_done(path, caller.status, seconds)
-        if self._log_format == "none":
+        if self._log_format == "none" and self._tracer is None:
             return
         line: dict[str, Any] = {"request_id": caller.request_id, "method": scope["method"], "path": scope["path"],
                                 "status": caller.status, "seconds": round(seconds, 4)}
         line |= ({"key": caller.key} if caller.key else {}) | caller.notes
+        if self._tracer is not None and caller.notes:
+            self._tracer.span(dict(scope["headers"]), f"{scope['method']} {path}", line)
         if self._log_format == "json":
             access_log.info("%s", json.dumps({"time": round(time.time(), 3), **line}))
-        elif path not in ("/health", "/metrics", "other"):
+        elif self._log_format == "text" and path not in ("/health", "/metrics", "other"):
             access_log.info("%s", " ".join(f"{name}={value}" for name, value in line.items()))
 
 

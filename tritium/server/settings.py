@@ -34,6 +34,7 @@ class ServerSettings:
     drain_seconds: float = 30.0
     """How long running answers may go on after SIGTERM or Ctrl-C; the rest end in an error."""
     log_format: str = "text"
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.log_format not in LOG_FORMATS:
