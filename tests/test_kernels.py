@@ -85,7 +85,8 @@ def test_delta_net_over_steps_in_the_interpreter(graphs, most, seed: int, monkey
     delta_net_steps.check(seed, graphs, most, "cpu", monkeypatch)
 
 
-@pytest.mark.skipif(kernel_lane.INTERPRETED, reason="this starts the interpreter")
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(kernel_lane.INTERPRETED or torch.cuda.is_available(), reason="this starts the interpreter")
 def test_every_op_in_the_interpreter() -> None:
     """In a process of its own: Triton decides at import whether it interprets."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "in_the_interpreter"]
