@@ -16,10 +16,11 @@ import delta_net_steps
 import kernel_lane
 
 from tritium.ops.moe import moe
+from tritium.ops.spec import all_ops
 
 CASES = [
     pytest.param(op, dims, dtype, id=f"{op.spec.name}-{'-'.join(f'{k}{v}' for k, v in dims.items())}-{str(dtype)[6:]}")
-    for op in kernel_lane.all_ops()
+    for op in all_ops()
     if op.launcher
     for dims in op.spec.cases
     for dtype in kernel_lane.DTYPES

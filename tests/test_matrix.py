@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import kernel_lane
 import triton
 import triton.language as tl
 
@@ -20,6 +19,7 @@ from tritium.bench import matrix
 from tritium.hw import NAMED, named
 from tritium.ops.kernels.launch import launch, recorded
 from tritium.ops.kernels.matrix import Compiled, Job, compile_all, occupancy, violations
+from tritium.ops.spec import all_ops
 
 
 @triton.jit
@@ -146,5 +146,5 @@ def test_what_ships_compiles_within_the_limits(arch: str) -> None:
 def test_every_op_with_a_kernel_is_launched() -> None:
     """What no step of the family launches would never be compiled."""
     launched = {launch.kernel.__module__ for model in matrix.MODELS for _, launch in matrix.launches(model, "gfx1151")}
-    modules = {f"tritium.ops.kernels.{op.launcher.partition(':')[0]}" for op in kernel_lane.all_ops() if op.launcher}
+    modules = {f"tritium.ops.kernels.{op.launcher.partition(':')[0]}" for op in all_ops() if op.launcher}
     assert modules <= launched, modules - launched

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import pkgutil
 import random
 
 import pytest
 import torch
 
-import tritium.ops
 from tritium.ops.attention import paged_attention
 from tritium.ops.attention_inputs import attention_inputs
 from tritium.ops.conv import causal_conv
@@ -20,17 +17,9 @@ from tritium.ops.mlp import silu_mul
 from tritium.ops.moe import moe
 from tritium.ops.norm import gated_rms_norm, rms_norm
 from tritium.ops.spans import Spans
-from tritium.ops.spec import Op
+from tritium.ops.spec import Op, all_ops
 
 CPU = torch.device("cpu")
-
-
-def all_ops() -> list[Op]:
-    modules = [
-        importlib.import_module(f"tritium.ops.{m.name}") for m in pkgutil.iter_modules(tritium.ops.__path__)
-    ]
-    ops = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, Op)}
-    return sorted(ops.values(), key=lambda op: op.spec.name)
 
 
 CASES = [

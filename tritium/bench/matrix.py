@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tritium.core import ConfigError
+from tritium.core import MOST_ENDS, SHORT_ROW, ConfigError
 from tritium.hw.host import available_cores
 from tritium.models.config import FULL, LINEAR, parse_config
 from tritium.models.decoder import Decoder, allocate_caches
 from tritium.models.families import FAMILY, family_config
 from tritium.models.parameters import parameter_shapes
 from tritium.nn.batch import ForwardBatch
-from tritium.ops.feed import ENDS, HEADER, feed
+from tritium.ops.feed import HEADER, feed
 from tritium.ops.sampling import Edits, logprobs, sample
-from tritium.ops.spans import SHORT, Spans
+from tritium.ops.spans import Spans
 
 if TYPE_CHECKING:
     from tritium.ops.kernels.launch import Launch
@@ -67,7 +67,7 @@ class Step:
 
 STEPS = (
     Step(decode=1), Step(decode=8), Step(decode=32), Step(decode=1, drafts=_DRAFTS), Step(decode=8, drafts=_DRAFTS),
-    Step(prefill=SHORT + 1), Step(prefill=2048), Step(decode=8, prefill=504),
+    Step(prefill=SHORT_ROW + 1), Step(prefill=2048), Step(decode=8, prefill=504),
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _run(decoder: Decoder, caches: list[Any], batch: ForwardBatch) -> None:
     rows = batch.spans.num_rows
     if batch.spans.num_short == rows:  # a graph's step, which may be fed with ids that the host does not know
         per_row = batch.spans.num_tokens // rows
-        host_HR = torch.empty(HEADER + per_row + ENDS, rows, dtype=torch.int32, device=_META)
+        host_HR = torch.empty(HEADER + per_row + MOST_ENDS, rows, dtype=torch.int32, device=_META)
         drawn, next_S = column(whole, 512), column(whole, rows * per_row)
         feed(host_HR=host_HR, drawn_D=drawn, table=batch.spans.table, ids_T=batch.ids_T, next_S=next_S)
     if decoder.mtp is not None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import pkgutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-import tritium.ops
 from tritium.bench.ceilings import Ceilings, seconds_of
 from tritium.hw import probe
 from tritium.models.config import ModelConfig
@@ -20,12 +17,6 @@ from tritium.ops.spec import Dims, Op
 
 _COLD_BYTES, _MOST_BYTES, _MOST_COPIES = 512 << 20, 24 << 30, 64
 """What the inputs of one round move at least, so that no cache holds them; what they may take; how many there are."""
-
-
-def all_ops() -> list[Op]:
-    modules = [importlib.import_module(f"tritium.ops.{m.name}") for m in pkgutil.iter_modules(tritium.ops.__path__)]
-    found = {value.spec.name: value for module in modules for value in vars(module).values() if isinstance(value, Op)}
-    return [found[name] for name in sorted(found)]
 
 
 def sizes(config: ModelConfig, rows: Sequence[int], contexts: Sequence[int]) -> dict[str, list[Dims]]:

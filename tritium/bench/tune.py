@@ -209,8 +209,7 @@ class _Prompt(_Step):
     def __init__(self, engine: Engine, tokens: int) -> None:
         super().__init__(engine)
         model = engine.runner.model
-        kinds, self._caches = model.config.layer_types, engine.runner.caches
-        self._layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+        self._caches, self._layers = engine.runner.caches, model.config.first_of_each_kind
         pages = tuple(range(1, tokens // 64 + 2))
         spans = Spans((tokens,), (0,), (1,), (pages,), model.device)
         ids_T = torch.arange(tokens, device=model.device) % 997

@@ -99,9 +99,10 @@ def ops(rows: tuple[int, ...], contexts: tuple[int, ...], names: tuple[str, ...]
     from tritium.bench import ops as benchmark
     from tritium.bench.ceilings import measure
     from tritium.models.checkpoint import find_checkpoint
+    from tritium.ops.spec import all_ops
 
     model, ceilings = find_checkpoint(config, weights=False).config, measure(config.device)
-    found = [op for op in benchmark.all_ops() if op.spec.name in names or not names]
+    found = [op for op in all_ops() if op.spec.name in names or not names]
     cells = benchmark.run(found, benchmark.sizes(model, rows, contexts), config.device, ceilings)
     _report("ops", config, cells, ceilings, plot)
 

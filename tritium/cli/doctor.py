@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -130,17 +128,11 @@ def op_forms(kind: str) -> list[tuple[str, str]]:
     """Every op, and the form that serves it on a device of `kind`, with why where that is the slower one."""
     from importlib.util import find_spec
 
-    from tritium import ops
-    from tritium.ops.spec import Op
+    from tritium.ops.spec import all_ops
 
-    found: dict[str, str] = {}
-    for module in pkgutil.iter_modules(ops.__path__):
-        for op in vars(importlib.import_module(f"{ops.__name__}.{module.name}")).values():
-            if isinstance(op, Op):
-                why = "" if kind == "cpu" else ": it has no kernel" if not op.launcher else ""
-                missing = "" if kind == "cpu" or find_spec("triton") else ": Triton is not installed"
-                found[op.spec.name] = op.form(kind) + (why or missing)
-    return sorted(found.items())
+    missing = "" if kind == "cpu" or find_spec("triton") else ": Triton is not installed"
+    without = "" if kind == "cpu" else ": it has no kernel"
+    return [(op.spec.name, op.form(kind) + (missing if op.launcher else without or missing)) for op in all_ops()]
 
 
 def parameters(target: Target) -> str:

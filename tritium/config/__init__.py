@@ -98,6 +98,10 @@ class EngineConfig:
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"--gpu-memory-utilization must be within (0, 1], got {self.gpu_memory_utilization}")
 
+    def drafts(self, has_head: bool) -> int:
+        """Most drafts that a row verifies, of a checkpoint with an MTP head or without."""
+        return Speculation.parse(self.speculate).possible(has_head).most
+
     def batched_tokens(self, on_gpu: bool) -> int:
         """`max_num_batched_tokens`, or what it is where nothing was asked."""
         return self.max_num_batched_tokens or (8192 if on_gpu else 512)

@@ -13,7 +13,9 @@ from tritium.core.errors import (
 from tritium.core.sampling_params import SamplingParams
 from tritium.core.stages import (
     AHEAD,
+    MOST_ENDS,
     PAGE_TOKENS,
+    SHORT_ROW,
     CacheCall,
     EngineStats,
     Event,
@@ -36,7 +38,9 @@ from tritium.core.stages import (
 
 __all__ = [
     "AHEAD",
+    "MOST_ENDS",
     "PAGE_TOKENS",
+    "SHORT_ROW",
     "AnswerRules",
     "CacheCall",
     "CacheFileError",

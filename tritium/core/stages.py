@@ -93,6 +93,11 @@ class Request:
         return tuple(self.prompt_ids[start:]) + tuple(self.output_ids[: stop - n])
 
 
+SHORT_ROW = 16
+"""Tokens of a row up to which it counts as short: decode rows with their drafts, and the ends of prompts. Short rows
+come first in a step."""
+MOST_ENDS = 8
+"""Ids that a row planned one step ahead can end by; a request with more of them is not planned ahead."""
 AHEAD = -1
 """In the place of an id: the one that the step before draws for the same request."""
 

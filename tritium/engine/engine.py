@@ -287,9 +287,9 @@ class Engine:
 
 
 def _files(config: EngineConfig, checkpoint: Checkpoint, plan: MemoryPlan, kind: str) -> CacheFiles:
+    ring = checkpoint.config.conv_width + config.drafts(checkpoint.config.mtp_layers > 0)
     identity = {"model": fingerprint(checkpoint), "dtype": plan.dtype, "quantization": "none", "device": kind,
-                "ring": str(checkpoint.config.conv_width + Speculation.parse(config.speculate).possible(
-                    checkpoint.config.mtp_layers > 0).most)}
+                "ring": str(ring)}
     return CacheFiles(Path(str(config.cache_dir)).expanduser(), identity)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tritium.cache import pages_for
-from tritium.config import EngineConfig, Speculation, flag
+from tritium.config import EngineConfig, flag
 from tritium.core import PAGE_TOKENS, CapacityError, ConfigError
 from tritium.hw import Target
 from tritium.models.config import ModelConfig
@@ -108,7 +108,7 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
     budget = _budget(engine, target)
     weights = weight_bytes(config, dtype)
     asked_len = engine.max_model_len or config.max_position
-    drafts = Speculation.parse(engine.speculate).possible(config.mtp_layers > 0).most
+    drafts = engine.drafts(config.mtp_layers > 0)
     fixed, per_row = workspace_bytes(config, engine.batched_tokens(target.is_gpu), asked_len, width, drafts)
     workspace = fixed + engine.max_num_seqs * per_row
     per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width, drafts)
@@ -165,7 +165,7 @@ def fits(config: ModelConfig, engine: EngineConfig, target: Target, context: int
     """Requests of `context` tokens that fit at once, at most: with nothing left for a prefix cache."""
     dtype = compute_dtype(config, engine, target)
     width, asked = ITEM_BYTES[dtype], engine.max_model_len or config.max_position
-    drafts = Speculation.parse(engine.speculate).possible(config.mtp_layers > 0).most
+    drafts = engine.drafts(config.mtp_layers > 0)
     fixed, per_row = workspace_bytes(config, engine.batched_tokens(target.is_gpu), max(asked, context), width, drafts)
     per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width, drafts)
     left = _budget(engine, target) - weight_bytes(config, dtype) - fixed - per_page - per_slot

@@ -61,7 +61,7 @@ def attest(model: Decoder, drafts: int) -> dict[str, float]:
 @torch.inference_mode()
 def _run(model: Decoder, drafts: int, compared: Any) -> None:
     config = model.config
-    kinds = [config.layer_types.index(kind) for kind in dict.fromkeys(config.layer_types)]
+    kinds = config.first_of_each_kind
     small = replace(config, layer_types=tuple(config.layer_types[i] for i in kinds), mtp_layers=0)
     caches = allocate_caches(small, pages=8, slots=4, dtype=model.dtype, device=model.device, drafts=drafts)
     generator = torch.Generator(device=model.device).manual_seed(0)

@@ -123,6 +123,11 @@ class ModelConfig:
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == "linear_attention")
 
     @property
+    def first_of_each_kind(self) -> list[int]:
+        """One layer of each kind: what tests, tuning and compiling need to see of the network."""
+        return [self.layer_types.index(kind) for kind in dict.fromkeys(self.layer_types)]
+
+    @property
     def conv_channels(self) -> int:
         """C: channels under the causal convolution, rows q, k, v."""
         return 2 * self.gdn_key_heads * self.gdn_key_dim + self.gdn_value_heads * self.gdn_value_dim

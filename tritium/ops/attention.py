@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from tritium.core import SHORT_ROW
 from tritium.ops.elementwise import sigmoid
 from tritium.ops.linear import ROWS
-from tritium.ops.spans import SHORT, Spans
+from tritium.ops.spans import Spans
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 PAGE = 64
@@ -109,10 +110,11 @@ def _tiles(spans: Spans) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     """(tokens [B, C], block tables [B, P], positions within these [B, C], first position that counts [B]) of what is
     attended together: decode rows side by side, those with fewer drafts repeating their last token, and longer spans in
     query tiles. Block tables leave out the pages before the first position that counts."""
-    short = sorted((r for r, length in enumerate(spans.lengths) if length <= SHORT), key=lambda r: spans.contexts[r])
-    tiles = [(short[i : i + ROW_TILE], 0, SHORT) for i in range(0, len(short), ROW_TILE)]
+    short = [r for r, length in enumerate(spans.lengths) if length <= SHORT_ROW]
+    short.sort(key=lambda r: spans.contexts[r])
+    tiles = [(short[i : i + ROW_TILE], 0, SHORT_ROW) for i in range(0, len(short), ROW_TILE)]
     for r, length in enumerate(spans.lengths):
-        if length > SHORT:
+        if length > SHORT_ROW:
             tiles += [([r], first, QUERY_TILE) for first in range(0, length, QUERY_TILE)]
     out = []
     for rows, first, most in tiles:

@@ -7,9 +7,9 @@ and this op fills them from it:
     a row whose drawn id is among its `ends` is over: its length becomes 0, so that nothing is computed or stored for it
     pages[r, at] = page, where at ≥ 0: the page that a row was given since the last step
 
-Shapes: R rows, Q tokens a row, D drawn tokens; host_HR int32 with H = HEADER + Q + ENDS columns: length, context,
-source, slot, fold, drafts, snap_at, snap_slot, page_at, page; Q ids; ENDS ids that end a row (-1: none). ids_T int64
-and next_S int64 (positions of the tokens to be drawn), T = S = R Q.
+Shapes: R rows, Q tokens a row, D drawn tokens, E = MOST_ENDS; host_HR int32 with H = HEADER + Q + E columns: length,
+context, source, slot, fold, drafts, snap_at, snap_slot, page_at, page; Q ids; E ids that end a row (-1: none). ids_T
+int64 and next_S int64 (positions of the tokens to be drawn), T = S = R Q.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
+from tritium.core import MOST_ENDS
 from tritium.ops.spans import Table
 from tritium.ops.spec import Dims, Op, OpSpec
 
 HEADER = 10
-ENDS = 8
-"""Ids that a row can wait for; a request with more of them is not planned ahead."""
 
 
 def empty_table(rows: int, tokens: int, width: int, device: torch.device) -> Table:
@@ -41,7 +40,7 @@ def empty_table(rows: int, tokens: int, width: int, device: torch.device) -> Tab
 
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     rows, tokens = dims["R"], dims["Q"]
-    host_HR = torch.randint(1, 60, (HEADER + tokens + ENDS, rows), generator=generator, dtype=torch.int32)
+    host_HR = torch.randint(1, 60, (HEADER + tokens + MOST_ENDS, rows), generator=generator, dtype=torch.int32)
     host_HR[0] = torch.randint(0, tokens + 1, (rows,), generator=generator)
     host_HR[8] = torch.randint(-1, 9, (rows,), generator=generator)
     host_HR[HEADER : HEADER + tokens : 2] *= -1
@@ -61,8 +60,8 @@ SPEC = OpSpec(
     results=lambda arguments, returned: {
         **arguments["table"]._asdict(), "ids_T": arguments["ids_T"], "next_S": arguments["next_S"]
     },
-    bytes_moved=lambda d, size: size * d["R"] * (HEADER + d["Q"] + ENDS + 12),
-    flops=lambda d: d["R"] * d["Q"] * ENDS,
+    bytes_moved=lambda d, size: size * d["R"] * (HEADER + d["Q"] + MOST_ENDS + 12),
+    flops=lambda d: d["R"] * d["Q"] * MOST_ENDS,
     dtypes=(torch.float32,),
 )
 

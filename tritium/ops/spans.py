@@ -12,10 +12,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from tritium.core import SHORT_ROW
+
 Made = TypeVar("Made")
 
-SHORT = 16
-"""Tokens of a row up to which it counts as short: decode rows with their drafts, and the ends of prompts."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class Spans:
 
     @cached_property
     def num_short(self) -> int:
-        """Rows of at most SHORT tokens, which kernels want first."""
-        count = sum(length <= SHORT for length in self.lengths)
-        if any(length > SHORT for length in self.lengths[:count]):
-            raise ValueError(f"rows of at most {SHORT} tokens must come first: {self.lengths}")
+        """Rows of at most SHORT_ROW tokens, which kernels want first."""
+        count = sum(length <= SHORT_ROW for length in self.lengths)
+        if any(length > SHORT_ROW for length in self.lengths[:count]):
+            raise ValueError(f"rows of at most {SHORT_ROW} tokens must come first: {self.lengths}")
         return count
 
     @cached_property
@@ -91,10 +91,10 @@ class Spans:
         """
         rows, tokens, width = self.num_rows, self.num_tokens, _up(max(len(row) for row in self.pages), 16)
         stride, room = _up(rows, 4), _up(tokens, 4)
-        asked = [taken if n <= SHORT else () for taken, n in zip(self.snapshots, self.lengths)]
+        asked = [taken if n <= SHORT_ROW else () for taken, n in zip(self.snapshots, self.lengths)]
         snaps = [taken[0] if taken else (0, -1) for taken in asked]
         if any(len(taken) > 1 for taken in asked):
-            raise ValueError(f"a row of at most {SHORT} tokens can leave one snapshot")
+            raise ValueError(f"a row of at most {SHORT_ROW} tokens can leave one snapshot")
         columns = (self.starts, self.lengths, self.contexts, self.sources, self.slots, self.folds, self.drafts,
                    self.since or (0,) * rows, [at for at, _ in snaps], [slot for _, slot in snaps])  # fmt: skip
         sizes = (len(columns) * stride, rows * width, 2 * room)

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -68,6 +69,14 @@ class Op:
     def form(self, kind: str) -> str:
         """Which form serves a call on a device of this kind (cpu, cuda, hip)."""
         return "kernel (Triton)" if self.launcher and kind != "cpu" else "reference (PyTorch)"
+
+
+def all_ops() -> list[Op]:
+    """Every op of the package, by name."""
+    package = import_module("tritium.ops")
+    modules = [import_module(f"tritium.ops.{module.name}") for module in iter_modules(package.__path__)]
+    found = {value.spec.name: value for module in modules for value in vars(module).values() if isinstance(value, Op)}
+    return [found[name] for name in sorted(found)]
 
 
 _witness: ContextVar[Callable[[Op, dict[str, Any]], Any] | None] = ContextVar("witness", default=None)

@@ -10,16 +10,15 @@ Shapes: R rows, Q tokens a row, S = T = R Q draws, P pages of a row at most, H c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tritium.core import AHEAD, RowPlan, StepPlan
+from tritium.core import AHEAD, MOST_ENDS, RowPlan, StepPlan
 from tritium.models.decoder import Decoder
 from tritium.nn.batch import ForwardBatch, LayerCache
-from tritium.ops.feed import ENDS, HEADER, empty_table, feed
+from tritium.ops.feed import HEADER, empty_table, feed
 from tritium.ops.sampling import sample
 from tritium.ops.spans import Spans, Table
 
@@ -92,7 +91,6 @@ class Graphs:
         self, model: Decoder, caches: Sequence[LayerCache], *, max_rows: int, drafts: int, max_pages: int
     ) -> None:
         """Captures one graph for each of `sizes`."""
-        begin = time.perf_counter()
         self.model, self.caches = model, caches
         self.rows, self.tokens = sizes(max_rows, drafts)
         most = self.rows[-1] * self.tokens[-1]
@@ -110,7 +108,6 @@ class Graphs:
                 for tokens in reversed(self.tokens):
                     self._steps[rows, tokens] = self._captured(rows, tokens)
         torch.cuda.synchronize(model.device)
-        self.capture_seconds = time.perf_counter() - begin
 
     def serves(self, plan: StepPlan) -> bool:
         """Whether every row decodes, and draws by nothing but its own parameters."""
@@ -123,7 +120,7 @@ class Graphs:
             and row.sampling.logprobs is None
             and (row.sampling.prompt_logprobs is None or row.start >= row.prompt_len)
             and len(row.snapshots) <= 1
-            and len(row.ends) <= ENDS
+            and len(row.ends) <= MOST_ENDS
             for row in plan.rows
         )
 
@@ -167,8 +164,8 @@ class Graphs:
                 ids = (-1 - index[row.request_id] * self._last.step.tokens,)
             out += (len(ids), row.start, source, row.slot, row.fold, row.num_drafts, snap_at, snap_slot, at, page)
             out += ids + (0,) * (step.tokens - len(ids))
-            out += (*row.ends, *(-1,) * (ENDS - len(row.ends)))
-        absent = (0,) * 7 + (-1, -1, 0) + (0,) * step.tokens + (-1,) * ENDS
+            out += (*row.ends, *(-1,) * (MOST_ENDS - len(row.ends)))
+        absent = (0,) * 7 + (-1, -1, 0) + (0,) * step.tokens + (-1,) * MOST_ENDS
         return out + list(absent) * (step.rows - len(rows))
 
     def _gained(self, r: int, pages: tuple[int, ...]) -> tuple[int, int]:
@@ -208,7 +205,7 @@ class Graphs:
         spans.__dict__["table"] = table
         columns = {f"{name}_S": torch.zeros(draws, dtype=dtype, device=device) for name, dtype in _COLUMNS.items()}
         columns["top_p_S"].fill_(1.0)
-        height = HEADER + tokens + ENDS
+        height = HEADER + tokens + MOST_ENDS
         host_HR = torch.zeros(height, rows, dtype=torch.int32, device=device)
         host_HR[7:9] = -1
         ids_T = torch.zeros(draws, dtype=torch.int64, device=device)

@@ -85,7 +85,7 @@ class Runner:
     def _walk(self, lengths: tuple[int, ...], draws: int) -> None:
         """Calls all ops of a step, each kind of layer once."""
         config, device = self.model.config, self.model.device
-        layers = [config.layer_types.index(kind) for kind in dict.fromkeys(config.layer_types)]
+        layers = config.first_of_each_kind
         nothing = (0,) * len(lengths)
         spans = Spans(lengths, nothing, nothing, ((0,) * (16 + max(lengths) // 64),) * len(lengths), device)
         ids_T = torch.zeros(spans.num_tokens, dtype=torch.int64, device=device)

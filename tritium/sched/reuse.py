@@ -23,12 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tritium.cache import Lease, Match, PagePool, PrefixCache, SlotPool, common_prefix, pages_for
-from tritium.core import PAGE_TOKENS, Request, RowPlan
+from tritium.core import PAGE_TOKENS, SHORT_ROW, Request, RowPlan
 
 log = logging.getLogger("tritium.cache")
 
-SHORT_ROW = 16
-"""Tokens up to which a row counts as short (`ops.spans.SHORT`)."""
 WORTH_WAITING = 64
 """Tokens that waiting for another request must save."""
 WORTH_KEEPING = 16

@@ -36,7 +36,9 @@ from tritium.cache import PagePool, PrefixCache, SlotPool, pages_for
 from tritium.config import HEAD_TOKENS
 from tritium.core import (
     AHEAD,
+    MOST_ENDS,
     PAGE_TOKENS,
+    SHORT_ROW,
     Constrain,
     FinishReason,
     Request,
@@ -50,10 +52,8 @@ from tritium.core import (
     TokenEvent,
 )
 from tritium.draft.proposers import Proposer
-from tritium.sched.reuse import SHORT_ROW, Reuse
+from tritium.sched.reuse import Reuse
 
-MOST_ENDS = 8
-"""Ids that may end a request whose steps are planned ahead."""
 CHUNK_TOKENS = 64
 """Prefill chunks are cut on absolute multiples of this."""
 

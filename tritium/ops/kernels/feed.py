@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.feed import ENDS, HEADER
+from tritium.core import MOST_ENDS
+from tritium.ops.feed import HEADER
 from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
 from tritium.ops.spans import Table
 
@@ -53,6 +54,6 @@ def feed(
     launch(
         _feed, (rows,), host_HR, drawn_D, table.lengths_R, table.contexts_R, table.sources_R, table.slots_R,
         table.folds_R, table.drafts_R, table.snap_at_R, table.snap_slot_R, table.pages_RP, table.position_T, ids_T,
-        next_S, table.pages_RP.stride(0), rows, Q=len(ids_T) // rows, HEADER=HEADER, ENDS=ENDS,
+        next_S, table.pages_RP.stride(0), rows, Q=len(ids_T) // rows, HEADER=HEADER, ENDS=MOST_ENDS,
         **parameters("feed", host_HR),
     )  # fmt: skip

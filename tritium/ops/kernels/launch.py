@@ -23,9 +23,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tritium.hw import Target, named, probe
 from tritium.hw.tuned import choice, launch_parameters
 
-PDL_OFF, PDL_AFTER_WAIT, PDL_AFTER_LOOP = 0, 1, 2
-"""Dependent launch: none; let the next kernel start as soon as this one's inputs are there; or when its loop is done.
-Never before the wait, so what the kernel before the last one wrote is always visible before a wait."""
+EXACT = "ieee"
+"""`input_precision` of tl.dot: float32 operands are multiplied as such, not rounded to TF32. Of narrower ones it says
+nothing, and AMD's compiler knows no other word that serves everywhere."""
+PDL_OFF = 0
+"""Dependent launch (`pdl`): 0 none; 1 the next kernel may start as soon as this one's inputs are there; 2 when its loop
+is done. Never before the wait, so what the kernel before the last one wrote is always visible before a wait."""
 
 
 @triton.jit
@@ -126,9 +129,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: int = PDL_O
         kernel.warmup(*arguments, grid=grid, pdl=pdl, **options)
         return
     kernel[grid](*arguments, pdl=pdl, **options)
-
-
-def exact_dot(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot: float32 operands are multiplied as such, not rounded to TF32. Of narrower ones it
-    says nothing, and AMD's compiler knows no other word that serves everywhere."""
-    return "ieee"

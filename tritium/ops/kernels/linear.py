@@ -54,7 +54,7 @@ def _wide(vector, k, K: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
 
 
 @triton.jit
-def _by_eights(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def by_eights(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of eight neighbours, which one thread holds."""
     return tl.sum(tl.reshape(x, [ROWS, COLUMNS // 8, 8]), axis=2)
 
@@ -88,7 +88,7 @@ def _multiplied(tile, value, PAIRS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: t
         weight = tl.reshape(tl.join(low, high), [ROWS, COLUMNS])
     else:
         weight = tile.to(tl.float32)
-    return _by_eights(weight * value[None, :], ROWS, COLUMNS)
+    return by_eights(weight * value[None, :], ROWS, COLUMNS)
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.const
             value = tl.load(x_tile + k, mask=here & (k + c < K)[None, :], other=0.0)
         if NORM:
             value = value.to(tl.float32)
-            squares += _by_eights(value * value, TOKENS, DEPTH)
+            squares += by_eights(value * value, TOKENS, DEPTH)
             value = (value * (1.0 + _column(norm, k + c, K, EVEN))[None, :]).to(weight.dtype)
         total = tl.dot(weight, tl.trans(value), total, input_precision="ieee")
     release_next(pdl)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.linear import by_eights
+from tritium.ops.kernels.mlp import silu
 
 LOWEST = tl.constexpr(-(2**31))
 """Below the key of every expert."""
@@ -84,12 +86,6 @@ def _tile(pointer, k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _by_eights(product, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of the 8 neighbours that a thread holds."""
-    return tl.sum(tl.reshape(product, (ROWS, BLOCK // 8, 8)), axis=2)
-
-
-@triton.jit
 def _vector(pointer, k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(pointer + k) if WIDTH % BLOCK == 0 else tl.load(pointer + k, mask=k < WIDTH, other=0.0)
 
@@ -110,8 +106,8 @@ def _two_rows(a, b, value, weight, a_at, b_at, x, norm, eps, H: tl.constexpr, RO
             next_weight = _vector(norm, start + BLOCK + k, H, BLOCK)
         squares += value * value
         value = (value * (1.0 + weight))[None, :]
-        sum_a += _by_eights(a.to(tl.float32) * value, ROWS, BLOCK)
-        sum_b += _by_eights(b.to(tl.float32) * value, ROWS, BLOCK)
+        sum_a += by_eights(a.to(tl.float32) * value, ROWS, BLOCK)
+        sum_b += by_eights(b.to(tl.float32) * value, ROWS, BLOCK)
         if start + BLOCK < H:
             a, b, value, weight = next_a, next_b, next_value, next_weight
     scale = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
@@ -139,7 +135,7 @@ def _route_one(x, norm, router, shared, logits, inner, eps, H: tl.constexpr, E: 
     end = tl.where(of_router, E + 1, 0)
     tl.store(logits + e, a, mask=e < end)
     tl.store(logits + e + ROWS, b, mask=e + ROWS < end)
-    tl.store(inner + s, (a / (1.0 + tl.exp(-a)) * b).to(inner.dtype.element_ty), mask=(s >= 0) & (s < S))
+    tl.store(inner + s, (silu(a) * b).to(inner.dtype.element_ty), mask=(s >= 0) & (s < S))
 
 
 @triton.jit
@@ -171,7 +167,7 @@ def _up_one(x, norm, logits, gate_up, inner, eps, H: tl.constexpr, E: tl.constex
         total += tl.exp(value - largest)
     a, b = _two_rows(a, b, x_first, weight, a_at, b_at, x, norm, eps, H, ROWS, BLOCK)
     release_next(pdl)
-    value = a / (1.0 + tl.exp(-a)) * b * tl.max(mine / total, axis=0)
+    value = silu(a) * b * tl.max(mine / total, axis=0)
     tl.store(inner + rank * I + i, value.to(inner.dtype.element_ty), mask=i < I)
 
 
@@ -205,8 +201,8 @@ def _down_one(x, logits, down, shared, inner, inner_shared, y, H: tl.constexpr, 
     total = tl.zeros((ROWS, BLOCK // 8), tl.float32)
     for j in tl.static_range(K):
         value = values[j].to(tl.float32)
-        total += _by_eights(tiles[j].to(tl.float32) * value[None, :], ROWS, BLOCK)
-    of_shared = tl.sum(_by_eights(w_shared.to(tl.float32) * of_shared[None, :], ROWS, BLOCK_S), axis=1)
+        total += by_eights(tiles[j].to(tl.float32) * value[None, :], ROWS, BLOCK)
+    of_shared = tl.sum(by_eights(w_shared.to(tl.float32) * of_shared[None, :], ROWS, BLOCK_S), axis=1)
     release_next(pdl)
     out = tl.sum(total, axis=1) + of_shared / (1.0 + tl.exp(-gate))
     tl.store(y + row, residual + out, mask=row < H)

@@ -25,7 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import exact_dot, launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import EXACT, launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import LOWEST, keys, lanes_of, logits_stride, next_expert
 from tritium.ops.kernels.norm import rms_norm
 from tritium.ops.linear import linear
@@ -197,7 +198,7 @@ def _product(x, base, y, scales, x_row, y_row, real, row, N: tl.constexpr, D: tl
             scale = tl.load(scales + x_row)
             scale = scale[None, :] if SWAP else scale[:, None]
             total, total_up = total * scale, total_up * scale
-        total = total / (1.0 + tl.exp(-total)) * total_up
+        total = silu(total) * total_up
     if SWAP:
         total = tl.trans(total)
     y_at = y + y_row.to(tl.int64)[:, None] * N + row[None, :]
@@ -298,7 +299,6 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
     (T, H), (E, _, I), S = x_TH.shape, down_EHI.shape, shared_down_HS.shape[1]
     pairs, dtype, device = T * k, down_EHI.dtype, x_TH.device
     together = S == I
-    precision = exact_dot(dtype)
 
     route = _tiled("moe.route", x_TH, dtype, H, T=T)
     # float16 has no room for values that are not normalised yet.
@@ -308,7 +308,7 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
     h_TH = torch.empty_like(x_TH, dtype=dtype) if fused else rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=dtype)
     grid: tuple[int, ...] = (triton.cdiv(E + 1, route["ROWS"]), triton.cdiv(T, route["TOKENS"]), steps)
     launch(_route, grid, x_TH if fused else h_TH, norm_H, router_FH, h_TH, logits, T,
-           H=H, F=E + 1, STRIDE=logits.shape[2], PRECISION=precision, **route)  # fmt: skip
+           H=H, F=E + 1, STRIDE=logits.shape[2], PRECISION=EXACT, **route)  # fmt: skip
 
     up = _tiled("moe.grouped_up", x_TH, dtype, H, H=H, I=I, T=T)
     down = _tiled("moe.grouped_down", x_TH, dtype, I, H=H, I=I, T=T)
@@ -336,7 +336,7 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
         (h_TH, gate_up_EJH, shared_gate_up_SH, inner, I, up),
         (inner, down_EHI, shared_down_HS, out, H, {**down, "TOKENS": tile}),
     ):
-        options = {**options, "K": k, "N": n, "D": x.shape[1], "UP": x is h_TH, "SCALED": fused, "PRECISION": precision}
+        options = {**options, "K": k, "N": n, "D": x.shape[1], "UP": x is h_TH, "SCALED": fused, "PRECISION": EXACT}
         programs = triton.cdiv(n, options["ROWS"])
         if few:
             groups = min(E, pairs, slots) + together
