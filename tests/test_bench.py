@@ -14,7 +14,7 @@ from served import rambles, served
 from tritium.bench import decode as bench
 from tritium.bench import show
 from tritium.bench.ceilings import Ceilings, flops, measure, step_bytes
-from tritium.bench.ops import all_ops, run, sizes
+from tritium.bench.ops import run, sizes
 from tritium.cli.bench import bench as command
 from tritium.cli.doctor import plan
 from tritium.config import EngineConfig
@@ -25,6 +25,7 @@ from tritium.models.checkpoint import find_checkpoint, load_parameters
 from tritium.models.config import parse_config
 from tritium.models.families import FAMILY, family_config
 from tritium.models.parameters import parameter_shapes, weight_bytes
+from tritium.ops.spec import all_ops
 
 CEILINGS = Ceilings("a chip", read=1e9, copy=1e9, dot=1e9)
 H200 = Target("cuda", "cuda:0", "NVIDIA H200", "sm_90", 132, 140 << 30, 140 << 30, host_memory=64 << 30)
