@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,12 @@ import triton.language as tl
 
 from tritium.bench import matrix
 from tritium.hw import NAMED, named
+from tritium.models.config import FULL, LINEAR, parse_config
+from tritium.models.families import family_config
 from tritium.ops.kernels.launch import launch, recorded
 from tritium.ops.kernels.matrix import Compiled, Job, compile_all, occupancy, violations
 from tritium.ops.spec import all_ops
+from tritium.runner import Runner
 
 
 @triton.jit
@@ -148,3 +152,21 @@ def test_every_op_with_a_kernel_is_launched() -> None:
     launched = {launch.kernel.__module__ for model in matrix.MODELS for _, launch in matrix.launches(model, "gfx1151")}
     modules = {f"tritium.ops.kernels.{op.launcher.partition(':')[0]}" for op in all_ops() if op.launcher}
     assert modules <= launched, modules - launched
+
+
+@pytest.mark.parametrize("model", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
+def test_nothing_is_left_to_be_compiled_on_a_request(model: str, seed: int) -> None:
+    """Kernels of random steps are among those that a start compiles: any rows, drafts, ends of prompts and prompts."""
+    config = replace(parse_config(family_config(model) or {}), layer_types=(LINEAR, FULL))
+    runner = Runner(*matrix.stand_in(config), run_head=True)
+    with recorded("sm_90") as found:
+        runner.compile(16, 3, 8192, 1)
+    ready = {Job.of(launch, "sm_90").key for launch in found}
+    rng = random.Random(seed)
+    for _ in range(60):
+        short = [rng.choice((1, 1, 1, 2, 3, 4, rng.randint(5, 16))) for _ in range(rng.randrange(17))]
+        long = [rng.choice((rng.randint(17, 400), rng.randint(400, 2100))) for _ in range(rng.randrange(not short, 4))]
+        with recorded("sm_90") as found:
+            runner._walk((*short, *long), 64)
+        jobs = [Job.of(launch, "sm_90") for launch in found]
+        assert not {job.name: job.settings for job in jobs if job.key not in ready}, (short, long)

@@ -15,13 +15,13 @@ import torch
 
 from tritium.core import MOST_ENDS, SHORT_ROW, ConfigError
 from tritium.hw.host import available_cores
-from tritium.models.config import FULL, LINEAR, parse_config
+from tritium.models.config import FULL, LINEAR, ModelConfig, parse_config
 from tritium.models.decoder import Decoder, allocate_caches
 from tritium.models.families import FAMILY, family_config
 from tritium.models.parameters import parameter_shapes
 from tritium.nn.batch import ForwardBatch
 from tritium.ops.feed import HEADER, feed
-from tritium.ops.sampling import Edits, logprobs, sample
+from tritium.ops.sampling import call_every_form
 from tritium.ops.spans import Spans
 
 if TYPE_CHECKING:
@@ -78,43 +78,33 @@ def launches(model: str, arch: str, steps: Sequence[Step] = STEPS) -> Iterator[t
     raw = family_config(model)
     if raw is None:
         raise ConfigError(f"{model} is not a model of the family", hint=", ".join(FAMILY))
-    config = replace(parse_config(raw), layer_types=(LINEAR, FULL))
-    dtypes = {"matrix": torch.bfloat16, "vector": torch.float32}
-    parameters = {
-        name: torch.empty(spec.shape, dtype=dtypes[spec.role], device=_META)
-        for name, spec in parameter_shapes(config).items()
-    }
-    decoder = Decoder(parameters, config, _POSITIONS)
-    caches = allocate_caches(config, pages=_PAGES, slots=_SLOTS, dtype=torch.bfloat16, device=_META, drafts=_DRAFTS)
+    decoder, caches = stand_in(replace(parse_config(raw), layer_types=(LINEAR, FULL)))
     for step in steps:
         with recorded(arch) as found:
             _run(decoder, caches, step.batch())
         yield from ((str(step), launch) for launch in found)
 
 
+def stand_in(config: ModelConfig) -> tuple[Decoder, list[Any]]:
+    """A network and its pools without memory."""
+    dtypes = {"matrix": torch.bfloat16, "vector": torch.float32}
+    parameters = {
+        name: torch.empty(spec.shape, dtype=dtypes[spec.role], device=_META)
+        for name, spec in parameter_shapes(config).items()
+    }
+    caches = allocate_caches(config, pages=_PAGES, slots=_SLOTS, dtype=torch.bfloat16, device=_META, drafts=_DRAFTS)
+    return Decoder(parameters, config, _POSITIONS), caches
+
+
 def _run(decoder: Decoder, caches: list[Any], batch: ForwardBatch) -> None:
     """What the runner does in a step, with every feature of the sampler."""
     hidden_TH = decoder.forward(batch, caches)
-    logits_SV = decoder.logits(hidden_TH[batch.draws_S])
-    draws, vocab = logits_SV.shape
-
-    def column(dtype: torch.dtype, size: int = draws) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=_META)
-
-    whole, real = torch.int64, torch.float64
-    edits = Edits(column(whole, 40), column(whole, 40), column(real, 40), column(real, 40), column(real, 40))
-    allowed_SW = torch.empty(draws, -(-vocab // 32), dtype=torch.int32, device=_META)
-    for edited, allowed in ((None, None), (edits, allowed_SW)):
-        sample(
-            logits_SV=logits_SV, temperature_S=column(real), top_k_S=column(whole), top_p_S=column(real),
-            min_p_S=column(real), seed_S=column(whole), position_S=column(whole), edits=edited, allowed_SW=allowed,
-        )  # fmt: skip
-    logprobs(logits_SV=logits_SV, token_S=column(whole), k=20)
+    call_every_form(decoder.logits(hidden_TH[batch.draws_S]))
     rows = batch.spans.num_rows
     if batch.spans.num_short == rows:  # a graph's step, which may be fed with ids that the host does not know
         per_row = batch.spans.num_tokens // rows
         host_HR = torch.empty(HEADER + per_row + MOST_ENDS, rows, dtype=torch.int32, device=_META)
-        drawn, next_S = column(whole, 512), column(whole, rows * per_row)
+        drawn, next_S = (torch.empty(n, dtype=torch.int64, device=_META) for n in (512, rows * per_row))
         feed(host_HR=host_HR, drawn_D=drawn, table=batch.spans.table, ids_T=batch.ids_T, next_S=next_S)
     if decoder.mtp is not None:
         decoder.draft_hidden(hidden_TH, batch.ids_T, replace(batch.spans, drafts=(), snapshots=()), caches[-1])

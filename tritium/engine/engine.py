@@ -122,7 +122,8 @@ class Engine:
                         force_acceptance=config.benchmark_force_acceptance)
         attested: dict[str, float] = {}
         if target.is_gpu:
-            runner.compile(config.max_num_seqs, speculation.most, workers=available_cores())
+            runner.compile(config.max_num_seqs, speculation.most, limits.max_num_batched_tokens,
+                           workers=available_cores())
             attested = attest(model, speculation.most)
             if not config.enforce_eager:
                 runner.capture(config.max_num_seqs, speculation.most, pages_for(plan.max_model_len))

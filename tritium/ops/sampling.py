@@ -256,3 +256,20 @@ LOGPROBS_SPEC = OpSpec(
 
 sample = Op(SPEC, reference, "sampling:sample")
 logprobs = Op(LOGPROBS_SPEC, logprobs_reference, "sampling:logprobs")
+
+
+def call_every_form(logits_SV: torch.Tensor) -> None:
+    """Calls `sample` and `logprobs` with everything that a request may ask for: what is compiled ahead of requests."""
+    draws, vocab = logits_SV.shape
+
+    def column(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape or draws, dtype=dtype, device=logits_SV.device)
+
+    whole, real = torch.int64, torch.float64
+    none_E = column(whole, 0), column(whole, 0), *(column(real, 0) for _ in range(3))
+    allowed_SW = column(torch.int32, draws, -(-vocab // 32))
+    for edits, allowed in ((None, None), (None, allowed_SW), (Edits(*none_E), None)):
+        sample(logits_SV=logits_SV, temperature_S=column(real), top_k_S=column(whole), top_p_S=column(real),
+               min_p_S=column(real), seed_S=column(whole), position_S=column(whole), edits=edits,
+               allowed_SW=allowed)  # fmt: skip
+    logprobs(logits_SV=logits_SV, token_S=column(whole), k=1)

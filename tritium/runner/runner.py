@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from tritium.core import RowPlan, RowResult, Site, StepPlan, StepResult, TokenLogprob
+from tritium.core import SHORT_ROW, RowPlan, RowResult, Site, StepPlan, StepResult, TokenLogprob
 from tritium.draft import mtp
 from tritium.hw.tuned import Key, trial
 from tritium.models.decoder import Decoder
 from tritium.nn.batch import AttentionCache, ForwardBatch, LayerCache
-from tritium.ops.sampling import sample
+from tritium.ops.sampling import call_every_form
 from tritium.ops.spans import Spans
 from tritium.runner.flight import Flight, in_order, landed
 from tritium.runner.graphs import Graphs, Replay, sizes
@@ -57,15 +57,18 @@ class Runner:
         """The last of these, in seconds."""
 
     @torch.inference_mode()
-    def compile(self, max_rows: int, drafts: int, workers: int) -> None:
-        """Compiles all kernels that steps of up to `max_rows` decode rows and prompts need, `workers` at a time, so
-        that none is compiled on a request. Runs nothing; what is in Triton's cache is not compiled again."""
+    def compile(self, max_rows: int, drafts: int, max_tokens: int, workers: int) -> None:
+        """Compiles all kernels that steps of up to `max_rows` decode rows and `max_tokens` tokens need, `workers` at a
+        time, so that none is compiled on a request. Runs none of them; what Triton's cache has is not compiled again.
+
+        Kernels have other forms for other buckets of rows and tokens, and some for numbers that 16 divides."""
         from tritium.ops.kernels.launch import compiled_ahead
 
         rows, tokens = sizes(max_rows, drafts)
-        # Kernels differ by whether a number is 1, or a multiple of 16.
-        steps = [(n,) * r for r in (*rows, *(r + 1 for r in rows if r % 16 == 0 and r < rows[-1])) for n in tokens]
-        steps += [(1,) * r + (n,) for r in (0, 1, 2, 16) for n in _PROMPTS] + [_PROMPTS[:2], _PROMPTS[2:]]
+        prompts = [n for n in (*_PROMPTS, *(2**i for i in range(9, 20))) if n <= max_tokens]
+        steps = [(n,) * r for r in rows for n in (*tokens, 2, SHORT_ROW)]
+        steps += [(1,) * r + (n,) for r in (0, 1, 2, 16) for n in _PROMPTS]
+        steps += [_PROMPTS[:2], _PROMPTS[2:], *((n,) for n in prompts)]
         with compiled_ahead(workers):
             for lengths in steps:
                 self._walk(lengths, max_rows * tokens[-1])
@@ -92,13 +95,7 @@ class Runner:
         hidden_TH = self.model.forward(
             ForwardBatch(ids_T, spans, ids_T), [self.caches[i] for i in layers], layers
         )
-        logits_SV = self.model.logits(hidden_TH[:draws])
-        zeros_S = torch.zeros(len(logits_SV), dtype=torch.int64, device=device)
-        real_S = zeros_S.double()
-        sample(
-            logits_SV=logits_SV, temperature_S=real_S, top_k_S=zeros_S, top_p_S=real_S, min_p_S=real_S,
-            seed_S=zeros_S, position_S=zeros_S,
-        )  # fmt: skip
+        call_every_form(self.model.logits(hidden_TH[:draws]))
         if self.run_head:
             self.model.draft_hidden(hidden_TH, ids_T, spans, self.caches[-1])
 

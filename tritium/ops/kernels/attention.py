@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, target_of, wait_for_inputs
 from tritium.ops.spans import Spans
 
 LOWEST = tl.constexpr(-1e30)
@@ -86,9 +86,9 @@ def _shares(context, length, since, splits, PAGE: tl.constexpr):
     return first, count, tl.cdiv(count, splits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "Q"])
 def _decode(q, k_pages, v_pages, parts, weights, lengths_R, contexts_R, since_R, starts_R, pages_RP, q_token, q_head,
-            width, splits, scale, Q: tl.constexpr, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+            width, splits, Q, scale, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
             PAGE: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
             CHUNK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     HEADS: tl.constexpr = N // G
@@ -130,10 +130,10 @@ def _decode(q, k_pages, v_pages, parts, weights, lengths_R, contexts_R, since_R,
     tl.store(parts + at[:, None] * D + d[None, :], o, mask=_cells(here, d, D, BLOCK_D))
 
 
-@triton.jit
-def _merge(parts, weights, gate, o, lengths_R, contexts_R, since_R, starts_R, gate_token, gate_head, splits,
-           Q: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, STATIC: tl.constexpr,
-           SHARES: tl.constexpr, DIMS: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["splits", "Q", "static"])
+def _merge(parts, weights, gate, o, lengths_R, contexts_R, since_R, starts_R, gate_token, gate_head, splits, Q, static,
+           N: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SHARES: tl.constexpr, DIMS: tl.constexpr,
+           pdl: tl.constexpr):  # fmt: skip
     n, i, r = tl.program_id(0) % N, tl.program_id(1), tl.program_id(2)
     d = tl.program_id(0) // N * DIMS + tl.arange(0, DIMS)
     s = tl.arange(0, SHARES)
@@ -153,7 +153,7 @@ def _merge(parts, weights, gate, o, lengths_R, contexts_R, since_R, starts_R, ga
     release_next(pdl)
     # In a graph a token that no row has gets zeros; elsewhere the place belongs to the next row.
     tl.store(o + (token * N + n) * D + d, (merged / (1.0 + tl.exp(-g))).to(o.dtype.element_ty),
-             mask=d < tl.where(there | STATIC, D, 0))  # fmt: skip
+             mask=d < tl.where(there | (static > 0), D, 0))  # fmt: skip
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def _gated(value, gate, gate_token, o, asked, d, M: tl.constexpr, N: tl.constexp
     tl.store(o + m * (N * D) + d[None, :], (value / (1.0 + tl.exp(-g))).to(o.dtype.element_ty), mask=cells)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _prefill(q, gate, k_pages, v_pages, o, tiles_2X, contexts_R, lengths_R, since_R, starts_R, pages_RP, q_token,
              q_head, gate_token, gate_head, width, tiles, scale, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
              PAGE: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
@@ -280,29 +280,29 @@ def _short_rows(
     groups, rows, table = k_pages.shape[1], spans.num_short, spans.table
     most = max(spans.lengths[:rows])
     static = rows == spans.num_rows and spans.num_tokens == rows * most
-    size = max(16, triton.next_power_of_2(most * heads // groups))
-    found = _parameters("attention.decode", q_TND, groups=groups, head_dim=dim, rows=rows, queries=size)
+    like, size = bucket(rows), max(16, triton.next_power_of_2(most * heads // groups))
+    found = _parameters("attention.decode", q_TND, groups=groups, head_dim=dim, rows=like, queries=size)
     size = max(min(size, found.pop("queries")), triton.next_power_of_2(heads // groups))
     together = size // (heads // groups)
     tiles = triton.cdiv(most, together)
     # As many programs as the device holds, and never so few for a row that a long one keeps the others waiting.
     programs = int(target_of(q_TND).cores * found.pop("programs"))
-    splits = max(programs // (rows * groups * tiles), found.pop("splits"))
+    splits = max(programs // (like * groups * tiles), found.pop("splits"))
     parts = torch.empty((rows, splits, most, heads, dim), dtype=torch.float32, device=q_TND.device)
     weights = torch.empty((rows, splits, most, heads), dtype=torch.float32, device=q_TND.device)
     of_rows = (table.lengths_R, table.contexts_R, table.since_R, table.starts_R)
     launch(
         _decode, (groups * splits * tiles, rows), q_TND, k_pages, v_pages, parts, weights, *of_rows, table.pages_RP,
-        q_TND.stride(0), q_TND.stride(1), table.pages_RP.stride(0), splits, scale,
-        Q=most, TOKENS=together, M=size, **constants, **found,
+        q_TND.stride(0), q_TND.stride(1), table.pages_RP.stride(0), splits, most, scale,
+        TOKENS=together, M=size, **constants, **found,
     )  # fmt: skip
-    found = parameters("attention.merge", q_TND, groups=groups, head_dim=dim, rows=rows)
+    found = parameters("attention.merge", q_TND, groups=groups, head_dim=dim, rows=like)
     shares = triton.next_power_of_2(splits)
     dims = min(found.pop("dims"), constants["BLOCK_D"], max(8192 // shares, 1))
     launch(
         _merge, (heads * triton.cdiv(dim, dims), most, rows), parts, weights, gate_TND, o_TND, *of_rows,
-        gate_TND.stride(0), gate_TND.stride(1), splits,
-        Q=most, N=heads, D=dim, PAGE=k_pages.shape[2], STATIC=static, SHARES=shares, DIMS=dims, **found,
+        gate_TND.stride(0), gate_TND.stride(1), splits, most, int(static),
+        N=heads, D=dim, PAGE=k_pages.shape[2], SHARES=shares, DIMS=dims, **found,
     )  # fmt: skip
 
 

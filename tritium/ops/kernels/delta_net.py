@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from tritium.ops.gdn import L2_EPS
-from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, wait_for_inputs
 from tritium.ops.spans import Spans
 
 WIDTH = 4
@@ -118,14 +118,14 @@ def _advanced(s, q, k, v, by, decay, beta):
     return s + k[:, None] * u[None, :], sq + by * u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places"])
 def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, starts, lengths, contexts, sources, slots,
-          folds, drafts, snap_at, snap_slot, x_stride, L2: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
-          DK: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
-          FIXED: tl.constexpr, RING: tl.constexpr, PIECES: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """D the drafts that a slot can keep, TOKENS the most of a row, FIXED: every row has TOKENS places in x and y; RING:
-    write the span's inputs to the ring."""
-    tl.static_assert(PIECES == 1 or TOKENS == 1)
+          folds, drafts, snap_at, snap_slot, x_stride, places, L2: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
+          DK: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MANY: tl.constexpr,
+          RING: tl.constexpr, PIECES: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """D the drafts that a slot can keep; MANY: a row may have more than one token; `places` that each row has in x and
+    y, where all have equally many, else 0; RING: write the span's inputs to the ring."""
+    tl.static_assert(PIECES == 1 or not MANY)
     C: tl.constexpr = 2 * NK * DK + NV * DV
     M: tl.constexpr = NV * DV
     F: tl.constexpr = NV * (DK + DV + 2)
@@ -138,7 +138,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, start
     start = tl.load(starts + row).to(tl.int64)
     to_snap, snap = tl.load(snap_slot + row).to(tl.int64), tl.load(snap_at + row)
     sure = length  # tokens that change the stored state
-    if TOKENS > 1:
+    if MANY:
         sure -= tl.load(drafts + row)
     there = length > 0
     snaps = there & (to_snap >= 0)
@@ -175,7 +175,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, start
             if snaps & (at >= 0) & (at >= snap - 3):
                 _keep(ring, to_snap, at, qk_at, v_at, qk, v, first, G, C)
 
-    for i in range(length if TOKENS > 1 else 1):
+    for i in range(length if MANY else 1):
         position = context + i
         if RING and there:
             _keep(ring, slot, position, qk_at, v_at, qk0, v0, first, G, C)
@@ -187,7 +187,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, start
         beta = 1.0 / (1.0 + tl.exp(-b0))
         a = a0 + bias
         decay = tl.exp(-rate * (tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))))
-        if TOKENS > 1:  # the next token's inputs, while this one is worked on
+        if MANY:  # the next token's inputs, while this one is worked on
             qk3, qk2, qk1, v3, v2, v1 = qk2, qk1, qk0, v2, v1, v0
             following = x + (start + i + 1) * x_stride
             qk0, v0, z0, b0, a0 = _inputs(following, qk_at, v_at, both, dv, head, i + 1 < length, C, NV, DK, DV)
@@ -201,7 +201,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, start
                 tl.store(new + tile, s)
             if snaps & (position + 1 == snap):
                 tl.store(copy + tile, s)
-            if TOKENS == 1:
+            if not MANY:
                 release_next(pdl)
         else:
             v_low, v_high = tl.split(tl.permute(tl.reshape(v, [2, E]), (1, 0)))
@@ -220,7 +220,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, start
                 tl.store(copy + E + tile, s)
             release_next(pdl)
             o = tl.reshape(tl.permute(tl.join(low, high), (1, 0)), [DV])
-        if D > 0 and TOKENS > 1 and i >= sure:
+        if D > 0 and MANY and i >= sure:
             keep = pending + slot * (D * F) + (i - sure) * F
             tl.store(keep + head * DK + dk, k)
             tl.store(keep + NV * DK + head * DV + dv, v)
@@ -228,11 +228,10 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, start
             tl.store(keep + gate_at + NV, beta)
         out = o * tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * norm * gate
         tl.store(y + (start + i) * M + head * DV + dv, out.to(y.dtype.element_ty))
-    if TOKENS > 1:
+    if MANY:
         release_next(pdl)
-        if FIXED:
-            for i in range(length, TOKENS):
-                tl.store(y + (start + i) * M + head * DV + dv, tl.zeros([DV], y.dtype.element_ty))
+        for i in range(length, places):
+            tl.store(y + (start + i) * M + head * DV + dv, tl.zeros([DV], y.dtype.element_ty))
 
 
 @triton.jit
@@ -300,14 +299,14 @@ def _short(
         raise ValueError(f"the kernel's convolution has {WIDTH} taps, not {width}")
     tokens, ring, table = max(spans.lengths[:rows]), conv.shape[1], spans.table
     name, depth = "delta_net.step" if tokens == 1 else "delta_net.drafts", pending.shape[1]
-    chosen = parameters(name, x_TE, heads=heads, rows=rows, drafts=int(depth > 0))
+    chosen = parameters(name, x_TE, heads=heads, rows=bucket(rows), drafts=int(depth > 0))
     aside = tokens > ring - (width - 1)
     launch(
         _step, (heads, rows), x_TE, conv_CW, A_log_N, dt_bias_N, norm_V, eps, state, conv, pending, y_TM,
         table.starts_R, table.lengths_R, table.contexts_R, table.sources_R, table.slots_R, table.folds_R,
-        table.drafts_R, table.snap_at_R, table.snap_slot_R, x_TE.stride(0), L2=L2_EPS, NK=key_heads, NV=heads, DK=key,
-        DV=value, G=ring, D=depth, TOKENS=tokens, FIXED=spans.num_tokens == spans.num_rows * tokens,
-        RING=not aside, **chosen,
+        table.drafts_R, table.snap_at_R, table.snap_slot_R, x_TE.stride(0),
+        tokens if spans.num_tokens == spans.num_rows * tokens else 0, L2=L2_EPS, NK=key_heads, NV=heads, DK=key,
+        DV=value, G=ring, D=depth, MANY=tokens > 1, RING=not aside, **chosen,
     )  # fmt: skip
     if aside:
         block = 1024

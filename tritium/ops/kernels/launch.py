@@ -103,6 +103,12 @@ def _probed(device: str) -> Target:
     return probe(device)
 
 
+def bucket(count: int) -> int:
+    """The number of rows or tokens that launch parameters go by: the next power of 2, as graphs have. What divides a
+    sum then does not depend on whether a step comes from a graph."""
+    return triton.next_power_of_2(count)
+
+
 def parameters(op: str, x: torch.Tensor, **key: int) -> dict[str, Any]:
     """Launch parameters of `op` on the device of `x` for these sizes; `pdl` is 0 where the device has no dependent
     launch."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from tritium.ops.kernels.launch import launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, target_of, wait_for_inputs
 from tritium.ops.kernels.mlp import silu, silu_mul
 from tritium.ops.kernels.norm import rms_norm
 
@@ -60,18 +60,19 @@ def by_eights(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(w, first, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              TILES: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
-    """Into the L2 cache: TILES tiles of ROWS rows that follow the first tile, one request a row. NVIDIA, sm_90 on."""
+def _prefetch(w, first, end, K: tl.constexpr, ROWS: tl.constexpr, FROM: tl.constexpr, COLUMNS: tl.constexpr,
+              THREADS: tl.constexpr):  # fmt: skip
+    """Into the L2 cache: COLUMNS columns from FROM on of rows [first, end), at most ROWS, one request a row. NVIDIA,
+    sm_90 on."""
     SHARE: tl.constexpr = THREADS // ROWS
-    BYTES: tl.constexpr = min(TILES * COLUMNS, K - COLUMNS) * w.dtype.element_ty.primitive_bitwidth // 8
+    BYTES: tl.constexpr = min(COLUMNS, K - FROM) * w.dtype.element_ty.primitive_bitwidth // 8
     if SHARE > 0 and BYTES > 0 and BYTES % 16 == 0 and K % 16 == 0:
         thread = tl.arange(0, THREADS)
         row = first + thread // SHARE
-        size = tl.where((thread % SHARE == 0) & (row < N), BYTES, 0)
+        size = tl.where((thread % SHARE == 0) & (row < end), BYTES, 0)
         tl.inline_asm_elementwise(
             "{.reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
-            "=r,l,r", [w + row.to(tl.int64) * K + COLUMNS, size], dtype=tl.int32, is_pure=False, pack=1,
+            "=r,l,r", [w + row.to(tl.int64) * K + FROM, size], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
@@ -122,9 +123,9 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
     if NORM:
         squares = tl.zeros([COLUMNS // HELD], tl.float32)
     if PREFETCH > 0:
-        _prefetch(w, first, N, K, ROWS, COLUMNS, PREFETCH, THREADS)
+        _prefetch(w, first, N, K, ROWS, COLUMNS, PREFETCH * COLUMNS, THREADS)
         if GATED:
-            _prefetch(w + N * K, first, N, K, ROWS, COLUMNS, PREFETCH, THREADS)
+            _prefetch(w + N * K, first, N, K, ROWS, COLUMNS, PREFETCH * COLUMNS, THREADS)
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
@@ -166,11 +167,12 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
     tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-         VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
-         RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """VALID results of every token, from a tile of ROWS rows of the weight (gated: one half gate, the other up)."""
+         VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
+         GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """VALID results of every token, from a tile of ROWS rows of the weight (gated: one half gate, the other up).
+    PREFETCH tiles may go into the L2 cache before the wait."""
     OUT: tl.constexpr = ROWS // 2 if GATED else ROWS
     FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
     EVEN: tl.constexpr = K % DEPTH == 0
@@ -189,6 +191,11 @@ def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.const
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     if NORM:
         squares = tl.zeros([TOKENS, DEPTH // 8], tl.float32)
+    if PREFETCH > 0:
+        end = tl.minimum(first + VALID, N)
+        _prefetch(w, first, end, K, OUT, 0, PREFETCH * DEPTH, THREADS)
+        if GATED:
+            _prefetch(w, first + N, end + N, K, OUT, 0, PREFETCH * DEPTH, THREADS)
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
@@ -249,17 +256,12 @@ def linear(
     y_MN = torch.empty((M, N), dtype=dtype, device=w_JK.device)
     if M == 1:
         found = parameters("linear.gemv", w_JK, N=N, K=K, gated=int(gated))
-        rows, prefetch = found.pop("rows"), found.pop("prefetch", 0)
+        rows = found.pop("rows")
         kernel, grid = _one, triton.cdiv(N, rows)
-        # Only a kernel that starts before its inputs are there has anything to gain.
-        sizes = {
-            "ROWS": rows, "COLUMNS": found.pop("columns"), "THREADS": 32 * found["num_warps"],
-            "PREFETCH": prefetch if found["pdl"] else 0,
-        }  # fmt: skip
+        sizes = {"ROWS": rows, "COLUMNS": found.pop("columns")}
         strides: tuple[int, ...] = ()
     else:
-        bucket = max(8, triton.next_power_of_2(M))
-        found = parameters("linear.skinny", w_JK, N=N, K=K, gated=int(gated), M=bucket)
+        found = parameters("linear.skinny", w_JK, N=N, K=K, gated=int(gated), M=max(8, bucket(M)))
         # x · (1 + n) without the rsqrt need not fit into a float16.
         if not found.pop("fused") or w_JK.dtype == torch.float16:
             x_MK, norm_K = _normalised(x_MK, w_JK, norm_K, eps), None
@@ -271,6 +273,9 @@ def linear(
             "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), triton.next_power_of_2(M)),
             "DEPTH": max(16, depth // 4) if w_JK.dtype == torch.float32 else depth,
         }  # fmt: skip
+    prefetch = found.pop("prefetch", 0)
+    # Only a kernel that starts before its inputs are there has anything to gain.
+    sizes |= {"THREADS": 32 * found["num_warps"], "PREFETCH": prefetch if found["pdl"] else 0}
     launch(
         kernel, (grid,), w_JK, x_MK, w_JK if norm_K is None else norm_K, w_JK if residual_MN is None else residual_MN,
         y_MN, eps, *strides, N=N, K=K, GATED=gated, NORM=norm_K is not None, RESIDUAL=residual_MN is not None,

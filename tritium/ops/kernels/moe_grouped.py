@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import EXACT, launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import EXACT, bucket, launch, parameters, release_next, wait_for_inputs
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import LOWEST, keys, lanes_of, logits_stride, next_expert
 from tritium.ops.kernels.norm import rms_norm
@@ -35,7 +35,7 @@ FEW = 64
 """Tokens whose choices each program looks through."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route(x, norm, router, g, logits, T, H: tl.constexpr, F: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr,
            ROWS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
            pdl: tl.constexpr):  # fmt: skip
@@ -70,7 +70,7 @@ def _route(x, norm, router, g, logits, T, H: tl.constexpr, F: tl.constexpr, STRI
     tl.store(at[:, None] + rows[None, :], total, mask=real & (rows < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _choose(logits, experts, weights, chosen, scales, T, eps, H: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr,
             E: tl.constexpr, STRIDE: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
             STEPS: tl.constexpr, COUNT: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
@@ -120,7 +120,7 @@ def _choose(logits, experts, weights, chosen, scales, T, eps, H: tl.constexpr, K
         tl.store(at_bits, tl.sum(bits, axis=2), mask=real[:, None, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _place(experts, counts, order, tiles, T, K: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
            TOKENS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """The places of TOKENS tokens' pairs; the first program writes the tiles. STEP: blocks whose counts are summed at a
@@ -205,7 +205,7 @@ def _product(x, base, y, scales, x_row, y_row, real, row, N: tl.constexpr, D: tl
     tl.store(y_at, total.to(y.dtype.element_ty), mask=real & (row < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "shared_tiles", "PAIRS"])
 def _grouped(x, w, shared, y, scales, order, tiles, T, shared_tiles, PAIRS, K: tl.constexpr, N: tl.constexpr,
              D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr,
              SCALED: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -233,7 +233,7 @@ def _grouped(x, w, shared, y, scales, order, tiles, T, shared_tiles, PAIRS, K: t
     release_next(pdl)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "slots", "first_slot", "PAIRS"])
 def _grouped_few(x, w, shared, y, scales, experts, chosen, T, slots, first_slot, PAIRS, K: tl.constexpr,
                  RANKS: tl.constexpr, WORDS: tl.constexpr, FEW: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
                  TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
@@ -297,10 +297,10 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
             down_EHI: torch.Tensor, shared_gate_up_SH: torch.Tensor, shared_down_HS: torch.Tensor, k: int
             ) -> torch.Tensor:  # fmt: skip
     (T, H), (E, _, I), S = x_TH.shape, down_EHI.shape, shared_down_HS.shape[1]
-    pairs, dtype, device = T * k, down_EHI.dtype, x_TH.device
+    pairs, dtype, device, like = T * k, down_EHI.dtype, x_TH.device, bucket(T)
     together = S == I
 
-    route = _tiled("moe.route", x_TH, dtype, H, T=T)
+    route = _tiled("moe.route", x_TH, dtype, H, T=like)
     # float16 has no room for values that are not normalised yet.
     fused = route["FUSED"] = bool(route["FUSED"] and together and dtype != torch.float16)
     steps = triton.cdiv(H, route["BLOCK"]) if fused else 1
@@ -310,12 +310,12 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
     launch(_route, grid, x_TH if fused else h_TH, norm_H, router_FH, h_TH, logits, T,
            H=H, F=E + 1, STRIDE=logits.shape[2], PRECISION=EXACT, **route)  # fmt: skip
 
-    up = _tiled("moe.grouped_up", x_TH, dtype, H, H=H, I=I, T=T)
-    down = _tiled("moe.grouped_down", x_TH, dtype, I, H=H, I=I, T=T)
+    up = _tiled("moe.grouped_up", x_TH, dtype, H, H=H, I=I, T=like)
+    down = _tiled("moe.grouped_down", x_TH, dtype, I, H=H, I=I, T=like)
     slots, tile, few = up.pop("SLOTS", E), up["TOKENS"], T <= FEW
     most = (pairs + min(E, pairs) * (tile - 1)) // tile
     lanes, parts = lanes_of(E)
-    choose = parameters("moe.choose", x_TH, E=E, T=T)
+    choose = parameters("moe.choose", x_TH, E=E, T=like)
     choose["TOKENS"] = 1 if few else choose["TOKENS"]
     choose["num_warps"] = min(choose["num_warps"], choose["TOKENS"])
     blocks, ranks = triton.cdiv(T, choose["TOKENS"]), triton.next_power_of_2(k)
@@ -354,7 +354,7 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
         out_shared = linear(x_MK=inner_shared, w_JK=shared_down_HS)
 
     y_TH = torch.empty_like(x_TH)
-    last = parameters("moe.combine", x_TH, T=T)
+    last = parameters("moe.combine", x_TH, T=like)
     last["BLOCK"] = min(last["BLOCK"], triton.next_power_of_2(H))
     grid = (T, triton.cdiv(H, last["BLOCK"]))
     launch(_combine, grid, x_TH, weights, out, out_shared, y_TH, H=H, K=k, **last)

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, wait_for_inputs
 from tritium.ops.sampling import Edits, check_vocabulary, edited
 
 _ID_BITS = tl.constexpr(19)
@@ -372,8 +372,8 @@ def sample(
     if edits is not None:
         logits_SV = edited(logits_SV, edits)
     rows, vocab = logits_SV.shape
-    wide = {**parameters("sample.blocks", logits_SV, V=vocab, S=rows), **chosen}
-    tall = {**parameters("sample.rows", logits_SV, V=vocab, S=rows), **chosen}
+    wide = {**parameters("sample.blocks", logits_SV, V=vocab, S=bucket(rows)), **chosen}
+    tall = {**parameters("sample.rows", logits_SV, V=vocab, S=bucket(rows)), **chosen}
     block, room = wide.pop("block"), tall.pop("room")
     wide.pop("room", None), tall.pop("block", None)
     blocks = triton.cdiv(vocab, block)
@@ -459,7 +459,7 @@ def logprobs(
     """Rows may be strided; `chosen` as for `sample`."""
     check_vocabulary(logits_SV)
     rows, vocab = logits_SV.shape
-    wide = {**parameters("sample.blocks", logits_SV, V=vocab, S=rows), **chosen}
+    wide = {**parameters("sample.blocks", logits_SV, V=vocab, S=bucket(rows)), **chosen}
     block = wide.pop("block")
     blocks, best = triton.cdiv(vocab, block), min(k, vocab)
     device, grid = logits_SV.device, (rows, blocks)
