@@ -257,13 +257,12 @@ def _advance(state, qk, mix, v, decay, scale, h, rows, segments, N: tl.constexpr
     e = (tl.program_id(0) % pieces) * values + tl.arange(0, values)
     t, d = tl.arange(0, C64), tl.arange(0, DK)
     source, context, first, last = tl.load(row), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    in_pool = state + d[None, :] * DV + e[:, None]
     in_h, in_v = e[:, None] * DK + d[None, :], e[:, None] * C64 + t[None, :]
     in_mix, in_k = t[:, None] * C64 + t[None, :], t[:, None] * DK + d[None, :]
     wait_for_inputs(pdl)
     s = tl.zeros((values, DK), tl.float32)
     if context > 0:
-        s += tl.load(in_pool + (source.to(tl.int64) * N + head) * DK * DV)
+        s += tl.load(state + (source.to(tl.int64) * N + head) * DK * DV + d[None, :] * DV + e[:, None])
     for segment in range(first, last):
         begin, end = tl.load(segments + segment * 4), tl.load(segments + segment * 4 + 1)
         for i in tl.range(0, end - begin, num_stages=stages):
@@ -272,25 +271,27 @@ def _advance(state, qk, mix, v, decay, scale, h, rows, segments, N: tl.constexpr
             s_low = s.to(h.dtype.element_ty)
             tl.store(h + base * DV * DK + in_h, s_low)
             k_tile = tl.load(qk + (chunk * 2 * NK + NK + head // (N // NK)) * C64 * DK + in_k)
-            v_tile = tl.load(v + base * DV * C64 + in_v).to(tl.float32)
-            grown = tl.load(scale + base * 2 * C64 + t)[None, :]
-            mixer = tl.load(mix + base * C64 * C64 + in_mix)
-            faded = tl.load(scale + (base * 2 + 1) * C64 + t)[None, :]
             if from_registers:
-                rest = v_tile - grown * tl.dot(s_low, tl.trans(k_tile), input_precision="ieee")
-                new = tl.dot(rest.to(v.dtype.element_ty), tl.trans(mixer), input_precision="ieee")
+                known = tl.dot(s_low, tl.trans(k_tile), input_precision="ieee")
             else:
-                rest = v_tile - grown * tl.trans(tl.dot(k_tile, tl.trans(s_low), input_precision="ieee"))
-                new = tl.trans(tl.dot(mixer, tl.trans(rest.to(v.dtype.element_ty)), input_precision="ieee"))
+                known = tl.trans(tl.dot(k_tile, tl.trans(s_low), input_precision="ieee"))
+            # Loads stand where they are used: what they bring waits in shared memory, not in registers.
+            grown = tl.load(scale + base * 2 * C64 + t)[None, :]
+            rest = (tl.load(v + base * DV * C64 + in_v).to(tl.float32) - grown * known).to(v.dtype.element_ty)
+            mixer = tl.load(mix + base * C64 * C64 + in_mix)
+            if from_registers:
+                new = tl.dot(rest, tl.trans(mixer), input_precision="ieee")
+            else:
+                new = tl.trans(tl.dot(mixer, tl.trans(rest), input_precision="ieee"))
             tl.store(v + base * DV * C64 + in_v, new.to(v.dtype.element_ty))
-            new = (new * faded).to(v.dtype.element_ty)
+            new = (new * tl.load(scale + (base * 2 + 1) * C64 + t)[None, :]).to(v.dtype.element_ty)
             s *= tl.exp2(tl.load(decay + base * C64 + C64 - 1).to(tl.float32))
             if from_registers:
                 s = tl.dot(new, k_tile, s, input_precision="ieee")
             else:
                 s = tl.trans(tl.dot(tl.trans(k_tile), tl.trans(new), tl.trans(s), input_precision="ieee"))
         slot = tl.load(segments + segment * 4 + 2).to(tl.int64)
-        tl.store(in_pool + (slot * N + head) * DK * DV, s.to(state.dtype.element_ty))
+        tl.store(state + (slot * N + head) * DK * DV + d[None, :] * DV + e[:, None], s.to(state.dtype.element_ty))
     release_next(pdl)
 
 
