@@ -74,10 +74,14 @@ def test_every_way_to_serve_gives_the_tokens_of_the_cpu(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["tritium-dense", "tritium-moe"])
-def test_graphs_and_one_step_ahead_change_nothing_in_bfloat16(model: str) -> None:
-    ways = [served(load(model, device="cuda", dtype="bfloat16", **WAYS[way]), requests(300)) for way in
-            ("eager", "graphs", "one step ahead")]  # fmt: skip
-    assert ways[0] == ways[1] == ways[2]
+def test_graphs_change_nothing_in_bfloat16(model: str) -> None:
+    """Of the same steps. (One step ahead, a row that has just ended still counts as one, and in bfloat16 the number of
+    rows may change a rounding.)"""
+    eager, graphs = (
+        served(load(model, device="cuda", dtype="bfloat16", async_scheduling=False, **options), requests(300))
+        for options in ({"enforce_eager": True}, {})
+    )
+    assert eager == graphs
 
 
 def test_nothing_compiles_on_a_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from tritium.cli import options
 @click.option("--prompt", "prompts", type=click.IntRange(256, 65536), multiple=True,
               help="Tokens of a prompt to tune for; may be repeated.")  # fmt: skip
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens behind each row.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=120.0, show_default=True,
+              help="For each number of rows and each prompt.")  # fmt: skip
 @click.option("--op", "only", multiple=True, help="Only parameters whose name begins so; may be repeated.")
 @click.option("--write/--no-write", default=True, show_default=True, help="Put what is found into the chip's file.")
 @options.engine_flags

@@ -70,9 +70,11 @@ def _plan(spans: Spans, first: int) -> Plan:
                 chunks.append((start + done, end - at, done, at, source))
                 at = end
             segments.append((begin, len(chunks), slot, position))
-    flat = spans.tensor([x for part in (chunks, rows, segments) for item in part for x in item], torch.int32)
-    sizes = (5 * len(chunks), 5 * len(rows), 4 * len(segments))
-    return Plan._make(x.view(-1, width) for x, width in zip(flat.split(sizes), (5, 5, 4), strict=True))
+    # Each part begins on a multiple of 16 bytes.
+    parts = [[x for item in part for x in item] for part in (chunks, rows, segments)]
+    flat = spans.tensor([x for part in parts for x in (*part, *(0,) * (-len(part) % 4))], torch.int32)
+    room = flat.split([len(part) + -len(part) % 4 for part in parts])
+    return Plan._make(x[: len(part)].view(-1, width) for x, part, width in zip(room, parts, (5, 5, 4), strict=True))
 
 
 @triton.jit
