@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import click
 
 from tritium.cli import options
 from tritium.core import ConfigError
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group("eval")
@@ -51,9 +54,57 @@ def tiny(count: int, as_json: bool, schemes: str | None, **flags: Any) -> None:
         click.echo(json.dumps(figures))
 
 
+@evaluate.command()
+@click.option("--data", type=_FILE, required=True, help="Problems, a line of JSON each (question, answer).")
+@click.option("--fewshot", type=_FILE, default=None, help="Where the examples come from: its first ones.")
+@click.option("--shots", type=click.IntRange(min=0), default=5, show_default=True, help="Examples before a question.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first problems.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("gsm8k-answers.jsonl"),
+              show_default=True, help="Answers are kept here as they come; a run that was cut goes on with them.")
+@click.option("--url", default=None, help="Ask the server there (OpenAI's API) instead of an engine in this process.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", default=None, help="The server's key, or OPENAI_API_KEY.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True, help="Questions at a time.")
+@click.option("--chat", is_flag=True, help="Examples and question as a conversation, not as text to complete.")
+@options.thinking_flag
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
+@options.engine_flags
+def gsm8k(data: Path, fewshot: Path | None, shots: int, limit: int | None, out: Path, url: str | None,
+          api_key: str | None, concurrency: int, chat: bool, max_tokens: int, **flags: Any) -> None:
+    """GSM8K, few-shot, with lm-eval's strict and flexible extraction.
+
+    Works in this process, or with --url against a server; --model then names one of its models. The table goes to
+    stderr, the figures to stdout as one line of JSON.
+    """
+    thinking = options.template_kwargs(flags).get("enable_thinking")
+    named = flags["model_flag"]
+    config = options.engine_config(flags)
+    if shots and fewshot is None:
+        raise ConfigError("examples need a file to come from", hint="--fewshot FILE, or --shots 0")
+    if thinking is not None and not chat:
+        raise ConfigError("--thinking and --no-thinking are for conversations", hint="--chat")
+    if url is not None and named is None:
+        raise ConfigError("--url needs the name of the server's model", hint="--model NAME")
+
+    from tritium.eval import gsm8k as evaluation
+
+    problems, examples = evaluation.read(data)[:limit], evaluation.read(fewshot)[:shots] if fewshot and shots else []
+    if len(examples) < shots or not problems:
+        raise ConfigError(f"too few problems: {len(problems)} to solve, {len(examples)} of {shots} as examples")
+    settings = evaluation.Settings(
+        model=config.model, engine="server" if url else evaluation.engine_of(config), data=evaluation.digest(data),
+        fewshot=evaluation.digest(fewshot) if fewshot and shots else "", shots=shots, chat=chat, thinking=thinking,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    figures = asyncio.run(evaluation.run(
+        settings, problems, examples, out, concurrency=concurrency, config=config, url=url, api_key=api_key,
+        progress=config.show_progress,
+    ))  # fmt: skip
+    click.echo(evaluation.table(figures), err=True)
+    click.echo(json.dumps(figures))
+
+
 @evaluate.command("kl")
-@click.option("--text", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
-              help="File to read, UTF-8.")
+@click.option("--text", "path", type=_FILE, required=True, help="File to read, UTF-8.")
 @click.option("--window", type=click.IntRange(min=2), default=2048, show_default=True,
               help="Tokens that are read together, from a beginning of their own.")
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Windows, at most.")

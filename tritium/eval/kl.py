@@ -1,8 +1,8 @@
 """`tritium eval kl`: how far a quantized model is from the one as published, token by token, on any text.
 
-For each position, D = sum_v p(v) (log p(v) - log q(v)) over the whole vocabulary, p of the reference and q of the other,
-in float64 from the engine's own float32 logits (paged cache, chunks, as it serves). Both models are loaded side by side,
-with pools for one window, and go through a window chunk by chunk, so that never more than a chunk's logits exist.
+For each position, D = sum_v p(v) (log p(v) - log q(v)) over the whole vocabulary, p of the reference and q of the
+other, in float64 from the engine's own float32 logits (paged cache, chunks, as it serves). Both models are loaded side
+by side, with pools for one window, and go through it chunk by chunk, so that never more than a chunk's logits exist.
 
 Shapes: T tokens of a chunk, V vocabulary.
 """
@@ -110,7 +110,7 @@ def compare(reference: EngineConfig, other: EngineConfig, windows: Iterable[Sequ
             for reader in readers:
                 reader.engine.step()
             p, q = readers
-            assert p.start == q.start and p.logits_TV.shape == q.logits_TV.shape
+            assert (p.start, p.logits_TV.shape) == (q.start, q.logits_TV.shape)
             found.add(p.logits_TV, q.logits_TV, ids[p.start + 1 : p.start + 1 + len(p.logits_TV)])
     return found.figures()
 

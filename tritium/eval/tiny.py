@@ -59,7 +59,7 @@ def variant(config: EngineConfig, spelled: str) -> EngineConfig:
     -GLOB for those that are kept, as in int8+*in_proj_qkv*-*out_proj*. Raises `ConfigError`."""
     read = re.fullmatch(r"(\w+)((?:[+-][^+-]+)*)", spelled)
     if not read or read[1] not in ("none", *SCHEMES):
-        raise ConfigError(f"scheme {spelled} is not understood", hint=f"one of none, {', '.join(SCHEMES)}")
+        raise ConfigError(f"--schemes {spelled} is not understood", hint=f"one of none, {', '.join(SCHEMES)}")
     globs = {sign: tuple(re.findall(rf"\{sign}([^+-]+)", read[2])) for sign in "+-"}
     scheme = None if read[1] == "none" else read[1]
     return dataclasses.replace(config, quantize=scheme, quantize_also=globs["+"], keep_bf16=globs["-"])
@@ -68,8 +68,8 @@ def variant(config: EngineConfig, spelled: str) -> EngineConfig:
 def run_schemes(
     config: EngineConfig, schemes: list[str], *, count: int = 100, seed: int = SEED
 ) -> Iterator[dict[str, Any]]:
-    """For each scheme what `run` gives, its name, and what `kl.compare` says of other held-out problems of all kinds with
-    their answers, against the model without `quantize`."""
+    """For each scheme what `run` gives, its name, and what `kl.compare` says of other held-out problems of all kinds
+    with their answers, against the model without `quantize`."""
     configs = [(spelled, variant(config, spelled)) for spelled in schemes]
     chat = kl.text_format(config)
     texts = [
@@ -140,5 +140,5 @@ def scheme_head() -> str:
 
 def scheme_row(figures: Mapping[str, Any]) -> str:
     """One scheme's figures under `scheme_head`."""
-    texts = [("" if figures.get(key) is None else format(figures[key], form), width) for key, _, form, width in _COLUMNS]
-    return "  ".join(f"{text:>{width}}" for text, width in texts)
+    values = [(figures.get(key), form, width) for key, _, form, width in _COLUMNS]
+    return "  ".join(f"{'' if value is None else format(value, form):>{width}}" for value, form, width in values)
