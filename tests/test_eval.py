@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import asyncio
+import dataclasses
 import json
 import math
 import subprocess
@@ -118,7 +118,7 @@ def test_answers_to_something_else_are_refused(tmp_path: Path, change: dict[str,
     assert (tmp_path / "out").read_text() == "my diary\n"
 
 
-@pytest.mark.parametrize("chat", [[], ["--chat"]])
+@pytest.mark.parametrize("chat", [[], ["--chat", "--no-thinking"]])
 def test_against_a_server(tmp_path: Path, chat: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "data", PROBLEMS)
     with served(says("It is 9, so\n#### 9")) as server:
@@ -137,7 +137,7 @@ def test_against_a_server(tmp_path: Path, chat: list[str], capsys: pytest.Captur
 def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     """The first is killed by the system midway; the second asks only what is missing."""
     data, out = write(tmp_path / "data", PROBLEMS), tmp_path / "out"
-    with served(says("#### 9" + "." * 60, step_seconds=0.004)) as server:
+    with served(says("#### 9 " + "a" * 60, step_seconds=0.004)) as server:
         command = [sys.executable, "-c", "from tritium.cli.main import main; main()", "eval", "gsm8k", "--data",
                    str(data), "--shots", "0", "--url", server.url, "--model", MODEL, "--concurrency", "1", "--out",
                    str(out)]  # fmt: skip
