@@ -23,11 +23,10 @@ from tritium.core import SamplingParams
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tritium"
 BIN = Path(sys.executable).parent
-BUDGET = 15_200
-"""Lines of code in tritium/: what is left without blank lines, comments, docstrings and lists of words."""
+BUDGET = 15_680
+"""Lines of code in tritium/: what is left without blank lines, comments and docstrings. (15,200, and the 480 of
+eval/tasks.py, which were not counted while words and sentences stood between them.)"""
 LONGEST_FILE = 600
-DATA = {"tritium/eval/tasks.py"}
-"""Files that are mostly lists of words, which may be longer."""
 FORBIDDEN = ("/" + "work/", "/" + "root/", "/" + "opt/wheels")
 
 
@@ -66,13 +65,13 @@ def test_layers() -> None:
 
 
 def test_size_of_the_project() -> None:
-    total = sum(code_lines(path) for path in sources() if str(path.relative_to(ROOT)) not in DATA)
+    total = sum(map(code_lines, sources()))
     assert total <= BUDGET, f"{total} lines of code in tritium/, and {BUDGET} are the budget"
 
 
 def test_size_of_files() -> None:
     long = {str(path.relative_to(ROOT)): code_lines(path) for path in sources() if code_lines(path) > LONGEST_FILE}
-    assert not {name: count for name, count in long.items() if name not in DATA}
+    assert not long
 
 
 def test_public_names() -> None:

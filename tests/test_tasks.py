@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+
 import pytest
 
 from tritium.eval import tasks
@@ -25,6 +29,25 @@ def test_recall_is_graded_right_and_as_long_as_asked() -> None:
     for sample in tasks.samples("recall", "heldout", seed=3, n=3, tokens=4000):
         assert tasks.grade(sample.task, sample.reply["content"], "", [])
         assert 9_000 < len(sample.task.messages[-1]["content"]) < 20_000
+
+
+HASHES = {
+    "word_problems": "3670bc9804347f0c",
+    "tool_calls": "355110715f2a8e61",
+    "small_talk": "c18f2b4d6954867f",
+    "conversations": "126aa93d4cf57548",
+    "arithmetic": "9e2e7be40eccf1be",
+    "recall": "d89e6cf86ff4bc0a",
+}
+"""Of the first hundred samples of each kind, held-out, seed 20,000."""
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "recall"])
+def test_problems_stay_what_they_were(kind: str) -> None:
+    """To the character: figures of another day compare, and a training run can be made again."""
+    drawn = tasks.samples(kind, "heldout", 20_000, 100, tokens=400)
+    text = json.dumps([dataclasses.asdict(sample) for sample in drawn])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == HASHES[kind]
 
 
 def test_same_seed_same_tasks() -> None:

@@ -5,13 +5,16 @@ Greedy decoding through the whole engine (template, scheduler, paged cache, text
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tritium.api import LLM, Completion
-from tritium.config import EngineConfig
-from tritium.eval import tasks
+from tritium.config import SCHEMES, EngineConfig
+from tritium.core import ConfigError
+from tritium.eval import kl, tasks
 
 SEED = 20_000
 """Of the held-out problems; training draws from another split and other seeds."""
@@ -49,6 +52,37 @@ def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str
         figures["prompt_tokens"] = stats.prompt_tokens
         figures["seconds"] = round(time.perf_counter() - begin, 1)
     return figures
+
+
+def variant(config: EngineConfig, spelled: str) -> EngineConfig:
+    """`config` with the weights of a scheme: none, int8, ...; behind it +GLOB for tensors that are quantized too and
+    -GLOB for those that are kept, as in int8+*in_proj_qkv*-*out_proj*. Raises `ConfigError`."""
+    read = re.fullmatch(r"(\w+)((?:[+-][^+-]+)*)", spelled)
+    if not read or read[1] not in ("none", *SCHEMES):
+        raise ConfigError(f"--schemes {spelled} is not understood", hint=f"one of none, {', '.join(SCHEMES)}")
+    globs = {sign: tuple(re.findall(rf"\{sign}([^+-]+)", read[2])) for sign in "+-"}
+    scheme = None if read[1] == "none" else read[1]
+    return dataclasses.replace(config, quantize=scheme, quantize_also=globs["+"], keep_bf16=globs["-"])
+
+
+def run_schemes(
+    config: EngineConfig, schemes: list[str], *, count: int = 100, seed: int = SEED
+) -> Iterator[dict[str, Any]]:
+    """For each scheme what `run` gives, its name, and what `kl.compare` says of other held-out problems of all kinds
+    with their answers, against the model without `quantize`."""
+    configs = [(spelled, variant(config, spelled)) for spelled in schemes]
+    chat = kl.text_format(config)
+    texts = [
+        chat.encode(chat.render([*s.task.messages, s.reply], tools=s.task.tools or None, add_generation_prompt=False))
+        for kind in ("word_problems", "tool_calls", "recall", "small_talk")
+        for s in tasks.samples(kind, "heldout", seed + 1, count, tokens=1000)
+    ]
+    plain = variant(config, "none")
+    for spelled, one in configs:
+        figures = run(one, count=count, seed=seed) | {"scheme": spelled}
+        if one.quantize:
+            figures |= kl.compare(plain, one, texts, longest=max(map(len, texts)), label=f"{spelled} KL")
+        yield figures
 
 
 def answer(
@@ -90,3 +124,21 @@ def table(figures: Mapping[str, Any]) -> str:
         f"in {figures['seconds']:.0f} s ({rate:.0f} generated a second)"
     )
     return "\n".join(lines)
+
+
+_COLUMNS = (
+    ("scheme", "scheme", "", 32), ("word_problems", "words", ".1%", 7), ("tool_calls", "tools", ".1%", 7),
+    ("recall", "recall", ".1%", 7), ("mtp_acceptance", "drafts", ".1%", 7), ("kl_mean", "KL mean", ".5f", 9),
+    ("kl_p99", "KL 99 %", ".4f", 8), ("top1_agreement", "same top", ".2%", 8),
+    ("bytes_per_token", "bytes a token", ",", 13),
+)  # fmt: skip
+
+
+def scheme_head() -> str:
+    return "  ".join(f"{name:>{width}}" for _, name, _, width in _COLUMNS)
+
+
+def scheme_row(figures: Mapping[str, Any]) -> str:
+    """One scheme's figures under `scheme_head`."""
+    values = [(figures.get(key), form, width) for key, _, form, width in _COLUMNS]
+    return "  ".join(f"{'' if value is None else format(value, form):>{width}}" for value, form, width in values)
