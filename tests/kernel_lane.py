@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tritium.ops.quantized import Quantized
 from tritium.ops.spans import Spans
 from tritium.ops.spec import Op
 
@@ -31,11 +32,22 @@ def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
             return replace(value, device=torch.device(device))
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(move(part) for part in value))
+        if isinstance(value, tuple):
+            return tuple(move(part) for part in value)
         if dataclasses.is_dataclass(value):
             return replace(value, **{f.name: move(getattr(value, f.name)) for f in dataclasses.fields(value)})
         return copy.deepcopy(value)
 
     return {name: move(value) for name, value in arguments.items()}
+
+
+def doubled(value: Any) -> Any:
+    """In float64; of a quantized weight the compute dtype, since its numbers are what they are."""
+    if isinstance(value, Quantized):
+        return value._replace(dtype=torch.float64)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(doubled(part) for part in value)
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
@@ -49,13 +61,10 @@ def ratios(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int) -> dict[
     """Of each result: error of the kernel against float64 over the allowed one, which is `tolerance` times the larger
     of the same-dtype reference's error and the dtype's rounding. At most 1 is right.
 
-    All three see the same numbers: the inputs as rounded to `dtype`.
+    All three see the same numbers: the inputs as rounded to `dtype`, weights as stored.
     """
     given = op.spec.inputs(dims, dtype, torch.Generator().manual_seed(seed))
-    exact = {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in moved(given, "cpu").items()
-    }
+    exact = {name: doubled(value) for name, value in moved(given, "cpu").items()}
     truth = op.spec.results(exact, op.reference(**exact))
     same = moved(given, "cpu")
     expected = op.spec.results(same, op.reference(**same))
@@ -71,7 +80,7 @@ def ratios(op: Op, dims: dict[str, int], dtype: torch.dtype, seed: int) -> dict[
             continue
         # In float32 the reference's sums run in the order of a BLAS for CPUs, which is nobody's standard on a GPU.
         tolerance = op.spec.tolerance * (2 if dtype == torch.float32 and not INTERPRETED else 1)
-        allowed = tolerance * max(relative(expected[name], value), ROUNDING[dtype])
+        allowed = tolerance * max(relative(expected[name], value), ROUNDING[dtype], op.spec.floor(dims))
         out[name] = relative(got[name], value) / allowed
     return out
 

@@ -90,7 +90,7 @@ def _inputs(op: Op, dims: Dims, dtype: torch.dtype, device: torch.device, moved:
             drawn = op.spec.inputs(dims, dtype, generator)
         calls.append({name: _on(value, device) for name, value in drawn.items()})
         if len(calls) == 1:
-            held = sum(value.nbytes for value in calls[0].values() if isinstance(value, torch.Tensor))
+            held = sum(value.nbytes for value in calls[0].values() if hasattr(value, "nbytes"))
             copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(moved, 1)), max(1, _MOST_BYTES // max(held, 1)))
     return calls
 
@@ -102,6 +102,8 @@ def _on(value: Any, device: torch.device) -> Any:
         return dataclasses.replace(value, device=device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_on(part, device) for part in value))
+    if isinstance(value, tuple):
+        return tuple(_on(part, device) for part in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{f.name: _on(getattr(value, f.name), device)
                                              for f in dataclasses.fields(value) if f.init})

@@ -10,6 +10,10 @@ many tokens share its step. Measured with MKL (torch 2.13, one and two threads):
 every row the same bits whatever their number; 1, 2, 3, 5 and 7 rows do not. So the reference pads rows to a multiple
 of 8.
 
+A weight may be quantized, or row blocks stored in more than one way (`tritium.ops.quantized`). Where a block's scheme
+rounds activations, `before` is not rounded to the weight's dtype first. A gated weight of blocks of rows that share
+scales has no block with rows of both halves.
+
 Shapes: x_MK, w_JK with J = 2 N when gated, else N; norm_K float32, residual_MN, y_MN.
 """
 
@@ -22,24 +26,78 @@ from torch.nn import functional as F
 
 from tritium.ops.mlp import reference as silu_mul
 from tritium.ops.norm import reference as rms_norm
+from tritium.ops.quantized import (
+    FORMS,
+    Scheme,
+    Weight,
+    Weights,
+    dequantize,
+    quantize,
+    quantize_activations,
+    row_blocks,
+    stored_bytes,
+)
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 ROWS = 8
 
 
+def scheme_of(dims: Dims) -> Scheme | None:
+    return FORMS[dims["scheme"] - 1] if dims.get("scheme") else None
+
+
+def drawn(generator: torch.Generator, dims: Dims, *shape: int, dtype: torch.dtype) -> Weight:
+    """A weight of the scheme that `dims` name: the same stored numbers whatever the dtype."""
+    scheme, scale = scheme_of(dims), shape[-1] ** -0.5
+    if scheme is None:
+        return randn(generator, *shape, dtype=dtype, scale=scale)
+    return quantize(randn(generator, *shape, dtype=torch.float32, scale=scale), scheme, dtype)
+
+
+def settled(x_MK: torch.Tensor, scheme: Scheme | None) -> torch.Tensor:
+    """x, near enough to what its tokens are rounded to that no other rounding on the way decides to which."""
+    if scheme is None or scheme.activations is None:
+        return x_MK
+    q, scale = quantize_activations(x_MK, scheme.activations)
+    q, off = q.to(scale.dtype), x_MK.to(scale.dtype) / scale - q.to(scale.dtype)
+    return ((q + 0.3 * off * (q.abs() < q.abs().amax(-1, keepdim=True))) * scale).to(x_MK.dtype)
+
+
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     m, n, k, gated = dims["M"], dims["N"], dims["K"], bool(dims.get("gated"))
-    full = wide(dtype)
-    inputs: dict[str, Any] = {"w_JK": randn(generator, n * (1 + gated), k, dtype=dtype, scale=k**-0.5)}
+    full, scheme, plain = wide(dtype), scheme_of(dims), dims.get("plain", 0)
+    w: Weights = drawn(generator, dims, n * (1 + gated) - plain, k, dtype=dtype)
+    if plain:
+        w = (w, randn(generator, plain, k, dtype=dtype, scale=k**-0.5))  # type: ignore[assignment]
+    inputs: dict[str, Any] = {"w_JK": w}
     if dims.get("norm"):
-        inputs |= {"x_MK": randn(generator, m, k, dtype=full), "eps": 1e-6}
-        inputs["norm_K"] = randn(generator, k, dtype=full, scale=0.3)
+        norm_K = randn(generator, k, dtype=full, scale=0.3)
+        x_MK = settled(randn(generator, m, k, dtype=full) * (1 + norm_K), scheme) / (1 + norm_K)
+        inputs |= {"x_MK": x_MK, "eps": 1e-6, "norm_K": norm_K}
     else:
-        inputs["x_MK"] = randn(generator, m, k, dtype=dtype)
+        inputs["x_MK"] = settled(randn(generator, m, k, dtype=torch.float32), scheme).to(dtype)
     if dims.get("residual"):
         inputs["residual_MN"] = randn(generator, m, n, dtype=full)
     return inputs | ({"gated": True} if gated else {}) | ({"dtype": full} if dims.get("wide") else {})
 
+
+def _weight_bytes(dims: Dims, size: int) -> int:
+    rows, plain, k, scheme = dims["N"] * (1 + dims.get("gated", 0)), dims.get("plain", 0), dims["K"], scheme_of(dims)
+    return plain * k * size + (stored_bytes(scheme, (rows - plain, k)) if scheme else rows * k * size)
+
+
+_QUANTIZED: tuple[Dims, ...] = (
+    {"M": 1, "N": 77, "K": 100},
+    {"M": 1, "N": 128, "K": 1024, "norm": 1, "gated": 1},
+    {"M": 7, "N": 130, "K": 264, "norm": 1, "wide": 1},
+    {"M": 33, "N": 100, "K": 200, "residual": 1},
+    {"M": 65, "N": 128, "K": 144, "norm": 1, "gated": 1},
+)
+_MIXED: tuple[Dims, ...] = (
+    {"M": 1, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 2},
+    {"M": 7, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 1},
+    {"M": 65, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 4},
+)
 
 SPEC = OpSpec(
     name="linear",
@@ -58,19 +116,27 @@ SPEC = OpSpec(
         {"M": 65, "N": 256, "K": 512, "norm": 1, "wide": 1},
         {"M": 65, "N": 33, "K": 40, "norm": 1, "gated": 1},
         {"M": 65, "N": 50, "K": 24, "residual": 1},
+        *({**dims, "scheme": number} for number in range(1, len(FORMS) + 1) for dims in _QUANTIZED),
+        *_MIXED,
     ),
     inputs=_inputs,
     results=lambda arguments, returned: {"y_MN": returned},
-    bytes_moved=lambda d, size: size * (d["M"] * d["K"] + (1 + d.get("gated", 0)) * d["N"] * d["K"] + d["M"] * d["N"]),
+    bytes_moved=lambda d, size: size * (d["M"] * d["K"] + d["M"] * d["N"]) + _weight_bytes(d, size),
     flops=lambda d: 2 * d["M"] * (1 + d.get("gated", 0)) * d["N"] * d["K"],
+    floor=lambda d: granted(scheme_of(d)),
     tuning_key=("N", "K", "gated", "M"),
 )
+
+
+def granted(scheme: Scheme | None) -> float:
+    """The matrix units of some chips add up products of e4m3 in fewer bits than float32 has."""
+    return 2.0**-11 if scheme and scheme.activations == torch.float8_e4m3fn else 0.0
 
 
 def reference(
     *,
     x_MK: torch.Tensor,
-    w_JK: torch.Tensor,
+    w_JK: Weights,
     norm_K: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -80,16 +146,35 @@ def reference(
     """y_MN in `dtype`, else in the residual's, else in w's. (A kernel that gives a wider dtype than w's need not round
     to w's in between.)"""
     if norm_K is not None:
-        x_MK = rms_norm(x_MD=x_MK, w_D=norm_K, eps=eps, dtype=w_JK.dtype)
-    rows = x_MK.shape[0]
-    if rows % ROWS == 0 or x_MK.device.type != "cpu":
-        p_MJ = F.linear(x_MK, w_JK)
-    else:
-        p_MJ = F.linear(F.pad(x_MK, (0, 0, 0, -rows % ROWS)), w_JK)[:rows]
+        x_MK = rms_norm(x_MD=x_MK, w_D=norm_K, eps=eps)
+    parts = [_product(x_MK, block) for block in row_blocks(w_JK)]
+    p_MJ = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     y_MN = silu_mul(x_TJ=p_MJ) if gated else p_MJ
     if residual_MN is not None:
         y_MN = residual_MN + y_MN.to(residual_MN.dtype)
     return y_MN.to(dtype or y_MN.dtype)
+
+
+def _product(x_MK: torch.Tensor, w: Weight) -> torch.Tensor:
+    """x wᵀ [M, rows of w] in w's dtype."""
+    if isinstance(w, torch.Tensor):
+        return _padded(x_MK.to(w.dtype), w)
+    kind, compute = w.scheme.activations, wide(w.dtype)
+    if kind is None:
+        return _padded(x_MK.to(w.dtype).to(compute), dequantize(w, compute)).to(w.dtype)
+    q_MK, scale_M1 = quantize_activations(x_MK, kind)
+    if kind == torch.int8 and w.device.type == "cpu":
+        total_MJ = torch._int_mm(q_MK, w.values.t()).to(compute) * w.scales.t().to(compute)
+    else:
+        total_MJ = _padded(q_MK.to(compute), dequantize(w, compute))
+    return (total_MJ * scale_M1).to(w.dtype)
+
+
+def _padded(x_MK: torch.Tensor, w_JK: torch.Tensor) -> torch.Tensor:
+    rows = x_MK.shape[0]
+    if rows % ROWS == 0 or x_MK.device.type != "cpu":
+        return F.linear(x_MK, w_JK)
+    return F.linear(F.pad(x_MK, (0, 0, 0, -rows % ROWS)), w_JK)[:rows]
 
 
 linear = Op(SPEC, reference, "linear:linear")

@@ -9,7 +9,8 @@ shared expert.
 
 Shapes: T tokens, E experts, K experts a token, H hidden, I expert width; logits_TE, expert_TK int64, weight_TK float32,
 x_TH, gate_up_EJH with J = 2 I, down_EHI, y_TH; router_FH with F = E + 1, the shared expert's gate last; the shared
-expert's shared_gate_up_SH and shared_down_HS' of a width of its own.
+expert's shared_gate_up_SH and shared_down_HS' of a width of its own. All of these weights but the router's may be
+quantized, each in its own way, as in `linear`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 
 from tritium.ops.elementwise import sigmoid
+from tritium.ops.linear import drawn, scheme_of, settled
 from tritium.ops.linear import reference as linear
 from tritium.ops.norm import reference as rms_norm
+from tritium.ops.quantized import FORMS, Weights, dtype_of, expert_of, row_blocks, stored_bytes
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 
@@ -37,26 +40,27 @@ def experts(
     x_TH: torch.Tensor,
     expert_TK: torch.Tensor,
     weight_TK: torch.Tensor,
-    gate_up_EJH: torch.Tensor,
-    down_EHI: torch.Tensor,
+    gate_up_EJH: Weights,
+    down_EHI: Weights,
 ) -> torch.Tensor:
-    """y_TH in x's dtype."""
+    """y_TH in the weights' dtype."""
     tokens, k = expert_TK.shape
+    dtype, num_experts = dtype_of(down_EHI), row_blocks(down_EHI)[0].shape[0]
     order = torch.argsort(expert_TK.reshape(-1), stable=True)
-    counts = torch.bincount(expert_TK.reshape(-1), minlength=len(gate_up_EJH)).tolist()
-    out = x_TH.new_empty(tokens * k, x_TH.shape[1])
+    counts = torch.bincount(expert_TK.reshape(-1), minlength=num_experts).tolist()
+    out = x_TH.new_empty(tokens * k, x_TH.shape[1], dtype=dtype)
     begin = 0
     for expert, count in enumerate(counts):
         if count:
             picks = order[begin : begin + count]
-            inner = linear(x_MK=x_TH[picks // k], w_JK=gate_up_EJH[expert], gated=True)
-            out[picks] = linear(x_MK=inner, w_JK=down_EHI[expert])
+            inner = linear(x_MK=x_TH[picks // k], w_JK=expert_of(gate_up_EJH, expert), gated=True)
+            out[picks] = linear(x_MK=inner, w_JK=expert_of(down_EHI, expert))
             begin += count
     out_TKH = out.view(tokens, k, -1).to(weight_TK.dtype)
     y_TH = out_TKH[:, 0] * weight_TK[:, :1]
     for j in range(1, k):
         y_TH = y_TH + out_TKH[:, j] * weight_TK[:, j : j + 1]
-    return y_TH.to(x_TH.dtype)
+    return y_TH.to(dtype)
 
 
 def reference(
@@ -65,14 +69,14 @@ def reference(
     norm_H: torch.Tensor,
     eps: float,
     router_FH: torch.Tensor,
-    gate_up_EJH: torch.Tensor,
-    down_EHI: torch.Tensor,
-    shared_gate_up_SH: torch.Tensor,
-    shared_down_HS: torch.Tensor,
+    gate_up_EJH: Weights,
+    down_EHI: Weights,
+    shared_gate_up_SH: Weights,
+    shared_down_HS: Weights,
     k: int,
 ) -> torch.Tensor:
     """y_TH in x's dtype (that of the residual stream)."""
-    h_TH = rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=gate_up_EJH.dtype)
+    h_TH = rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps)
     logits_TF = linear(x_MK=h_TH, w_JK=router_FH)
     expert_TK, weight_TK = top_k(logits_TE=logits_TF[:, :-1], k=k)
     routed_TH = experts(
@@ -95,20 +99,35 @@ def _router(h_TH: torch.Tensor, experts: int, generator: torch.Generator) -> tor
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     t, e, h, i, s = (dims[name] for name in ("T", "E", "H", "I", "S"))
     full = wide(dtype)
-    x_TH, norm_H = randn(generator, t, h, dtype=full), randn(generator, h, dtype=full, scale=0.3)
+    norm_H = randn(generator, h, dtype=full, scale=0.3)
+    x_TH = settled(randn(generator, t, h, dtype=full) * (1 + norm_H), scheme_of(dims)) / (1 + norm_H)
     h_TH = rms_norm(x_MD=x_TH.double(), w_D=norm_H.double(), eps=1e-6)
     return {
         "x_TH": x_TH,
         "norm_H": norm_H,
         "eps": 1e-6,
         "router_FH": _router(h_TH, e, generator).to(dtype),
-        "gate_up_EJH": randn(generator, e, 2 * i, h, dtype=dtype, scale=h**-0.5),
-        "down_EHI": randn(generator, e, h, i, dtype=dtype, scale=i**-0.5),
-        "shared_gate_up_SH": randn(generator, 2 * s, h, dtype=dtype, scale=h**-0.5),
-        "shared_down_HS": randn(generator, h, s, dtype=dtype, scale=s**-0.5),
+        "gate_up_EJH": drawn(generator, dims, e, 2 * i, h, dtype=dtype),
+        "down_EHI": drawn(generator, dims, e, h, i, dtype=dtype),
+        "shared_gate_up_SH": drawn(generator, dims, 2 * s, h, dtype=dtype),
+        "shared_down_HS": drawn(generator, dims, h, s, dtype=dtype),
         "k": dims["K"],
     }
 
+
+def _expert_bytes(dims: Dims, width: int, size: int) -> int:
+    scheme, shapes = scheme_of(dims), ((2 * width, dims["H"]), (dims["H"], width))
+    return sum(stored_bytes(scheme, shape) if scheme else shape[0] * shape[1] * size for shape in shapes)
+
+
+_QUANTIZED: tuple[Dims, ...] = (
+    {"T": 1, "E": 7, "K": 2, "H": 136, "I": 128, "S": 128},
+    {"T": 5, "E": 9, "K": 3, "H": 264, "I": 128, "S": 128},
+    {"T": 40, "E": 6, "K": 3, "H": 128, "I": 128, "S": 256},
+)
+
+_STEP = {None: 0.0, torch.int8: 2.0**-10, torch.float8_e4m3fn: 2.0**-8}
+"""What a few steps of an activation's type make in a result."""
 
 SPEC = OpSpec(
     name="moe",
@@ -119,15 +138,17 @@ SPEC = OpSpec(
         {"T": 7, "E": 257, "K": 2, "H": 64, "I": 33, "S": 33},
         {"T": 40, "E": 6, "K": 3, "H": 128, "I": 64, "S": 64},
         {"T": 150, "E": 5, "K": 2, "H": 192, "I": 72, "S": 72},
+        *({**dims, "scheme": number} for number in range(1, len(FORMS) + 1) for dims in _QUANTIZED),
     ),
     inputs=_inputs,
     results=lambda arguments, returned: {"y_TH": returned},
-    bytes_moved=lambda d, size: size * d["H"] * (
-        3 * d["I"] * min(d["E"], d["T"] * d["K"]) + 3 * d["S"] + d["E"] + 1 + 4 * d["T"]
-    ),
+    bytes_moved=lambda d, size: size * d["H"] * (d["E"] + 1 + 4 * d["T"])
+    + min(d["E"], d["T"] * d["K"]) * _expert_bytes(d, d["I"], size) + _expert_bytes(d, d["S"], size),
     flops=lambda d: 2 * d["T"] * d["H"] * (3 * d["I"] * d["K"] + 3 * d["S"] + d["E"] + 1),
     # A choice between experts may hang on a rounding: the reference rounds the logits.
     attest=0.3,
+    # Of activations that are rounded in the middle, which neither float32 nor float64 puts on the same side of a tie.
+    floor=lambda d: _STEP[getattr(scheme_of(d), "activations", None)],
     tuning_key=("E", "K", "H", "I"),
 )
 
