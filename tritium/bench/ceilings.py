@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from tritium.hw import Target, probe
 from tritium.models.config import ModelConfig
-from tritium.models.parameters import parameter_shapes
+from tritium.models.parameters import parameter_shapes, stored_sizes
 
 _FLOAT32 = 4
 
@@ -93,7 +93,8 @@ def seconds_of(call: Callable[[], object], device: torch.device, *, budget: floa
 
 
 def step_bytes(config: ModelConfig, rows: int, context: int, width: int = 2) -> int:
-    """Bytes that a decode step of `rows` tokens at `context` must move, `width` a matrix element or a KV element:
+    """Bytes that a decode step of `rows` tokens at `context` must move, `width` a KV element or one of a matrix that is
+    not quantized:
 
     weights, each once (of the experts of a layer those E (1 - (1 - K/E)^rows) that rows which choose alone are expected
     to need; of the embeddings the rows' own, or all where they are the head too; of the MTP head none), and for each
@@ -102,7 +103,7 @@ def step_bytes(config: ModelConfig, rows: int, context: int, width: int = 2) -> 
     chosen = 1.0
     if moe := config.moe:
         chosen = 1 - (1 - moe.experts_per_token / moe.num_experts) ** rows
-    weights = _weights(config, chosen, width)
+    weights = _weights(config, chosen, stored_sizes(config, width))
     recurrent = 2 * _FLOAT32 * config.gdn_value_heads * config.gdn_key_dim * config.gdn_value_dim
     convolution = width * config.conv_width * config.conv_channels
     kv = 2 * width * config.num_kv_heads * config.head_dim * (context + 1)
@@ -114,19 +115,19 @@ def flops(config: ModelConfig, tokens: int, attended: float, draws: int) -> int:
     """Operations of `tokens` tokens that attend to `attended` each: products, attention, the recurrence, and `draws`
     rows of logits."""
     moe, head = config.moe, config.vocab_size * config.hidden_size
-    active = _weights(config, moe.experts_per_token / moe.num_experts if moe else 1.0, 1, vectors=0) - head
+    numbers = {name: math.prod(s.shape) for name, s in parameter_shapes(config).items() if s.role == "matrix"}
+    active = _weights(config, moe.experts_per_token / moe.num_experts if moe else 1.0, numbers) - head
     attention = 4 * config.num_heads * config.head_dim * attended * len(config.attention_layers)
     recurrence = 7 * config.gdn_value_heads * config.gdn_key_dim * config.gdn_value_dim * len(config.gdn_layers)
     return round(tokens * (2 * active + attention + recurrence) + 2 * draws * head)
 
 
-def _weights(config: ModelConfig, chosen: float, width: int, vectors: int = _FLOAT32) -> float:
+def _weights(config: ModelConfig, chosen: float, sizes: Mapping[str, int]) -> float:
     total = 0.0
-    for name, spec in parameter_shapes(config).items():
+    for name, size in sizes.items():
         if name.startswith("mtp.") or (name == "embed.weight" and not config.tied_embeddings):
             continue
-        share = chosen if ".experts_" in name else 1.0
-        total += share * math.prod(spec.shape) * (width if spec.role == "matrix" else vectors)
+        total += size * (chosen if ".experts_" in name else 1.0)
     return total
 
 

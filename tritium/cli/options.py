@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from tritium.config import DTYPES, LOAD_FORMATS, TOOL_CALL_PARSERS, EngineConfig, flag
+from tritium.config import DTYPES, LOAD_FORMATS, SCHEMES, TOOL_CALL_PARSERS, EngineConfig, flag
 from tritium.core import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -36,6 +36,9 @@ ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     "enforce_eager": (bool, "No captured graphs."),
     "async_scheduling": (bool, "Plan decode steps one ahead; default: where the device runs from graphs."),
     "load_format": (click.Choice(LOAD_FORMATS), "Format of the weights; dummy: random ones, for benchmarks."),
+    "quantize": (click.Choice(SCHEMES), "Weights in fewer bits, made at load; default: as the checkpoint has them."),
+    "keep_bf16": (str, "With --quantize: glob on the checkpoint's tensor names that stay as they are; again for more."),
+    "quantize_also": (str, "With --quantize: glob of tensors that it would leave, as lm_head.weight; again for more."),
     "seed": (int, "Seed from which requests without one draw theirs; default: from the operating system."),
     "num_threads": (int, "CPU threads; default: torch's choice."),
 }
@@ -48,7 +51,9 @@ def engine_flags(command: Command) -> Command:
     command = click.option("--quiet", "-q", is_flag=True, help="No progress bars and no plan on stderr.")(command)
     for name, (kind, text) in reversed(ENGINE_FLAGS.items()):
         kwargs: dict[str, Any] = {"is_flag": True} if kind is bool else {"type": kind}
-        shown = kind is not bool and defaults[name] is not None
+        if isinstance(defaults[name], tuple):
+            kwargs["multiple"] = True
+        shown = kind is not bool and defaults[name] not in (None, ())
         two_ways = defaults[name] is True or name == "async_scheduling"
         spelled = f"{flag(name)}/{flag('no_' + name)}" if two_ways else flag(name)
         kwargs |= {"default": defaults[name], "show_default": shown}

@@ -13,6 +13,8 @@ HEAD_TOKENS = 512
 """Tokens that the MTP head looks back on, so that a guess costs the same in a long text as in a short one."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("safetensors", "auto", "dummy")
+SCHEMES = ("int8", "fp8", "int4", "mxfp4")
+"""What weights may be quantized to at load. See `tritium.ops.quantized`."""
 TOOL_CALL_PARSERS = ("auto", "qwen3_xml", "qwen3_coder")
 
 
@@ -61,6 +63,12 @@ class EngineConfig:
     """Plan decode steps one ahead, while the device works. None: where it runs from graphs. Changes no token."""
     load_format: str = "safetensors"
     """dummy: random weights, for benchmarks; the answers are nonsense."""
+    quantize: str | None = None
+    """Scheme of the weights, of `SCHEMES`; None: as the checkpoint has them."""
+    keep_bf16: tuple[str, ...] = ()
+    """Globs on the checkpoint's tensor names: what `quantize` leaves as it is, beside what it always does."""
+    quantize_also: tuple[str, ...] = ()
+    """Globs on the checkpoint's tensor names: what it takes although it usually does not (lm_head.weight, ...)."""
     seed: int | None = None
     """Seed from which requests without one draw theirs; None: from the operating system."""
     num_threads: int | None = None
@@ -77,6 +85,11 @@ class EngineConfig:
         if self.load_format not in LOAD_FORMATS:
             hint = f"one of {', '.join(LOAD_FORMATS)}"
             raise ConfigError(f"--load-format {self.load_format} is not supported", hint=hint)
+        if self.quantize is not None and self.quantize not in SCHEMES:
+            raise ConfigError(f"--quantize {self.quantize} is not supported", hint=f"one of {', '.join(SCHEMES)}")
+        if self.quantize is None and (self.keep_bf16 or self.quantize_also):
+            flags = "--keep-bf16" if self.keep_bf16 else "--quantize-also"
+            raise ConfigError(f"{flags} is about what --quantize takes", hint="--quantize int8, fp8, int4 or mxfp4")
         if self.tool_call_parser not in TOOL_CALL_PARSERS:
             hint = f"one of {', '.join(TOOL_CALL_PARSERS)}"
             raise ConfigError(f"--tool-call-parser {self.tool_call_parser} is not supported", hint=hint)

@@ -26,7 +26,7 @@ from tritium.core import (
 )
 from tritium.draft.depth import DepthPolicy
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer, Proposer
-from tritium.engine.memory_plan import MemoryPlan, plan_memory
+from tritium.engine.memory_plan import MemoryPlan, plan_memory, size
 from tritium.engine.persist import DEFAULT_NAME, CacheFiles
 from tritium.models.checkpoint import Checkpoint, fingerprint
 from tritium.models.config import ModelConfig
@@ -101,7 +101,12 @@ class Engine:
         if not target.is_gpu:
             torch.set_num_threads(config.num_threads or _threads(plan, target.cores))
         dtype, device = getattr(torch, plan.dtype), torch.device(target.device)
+        if target.is_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         parameters = load_parameters(checkpoint, dtype=dtype, device=device, progress=config.show_progress)
+        if target.is_gpu:
+            log.info("weights loaded: %s of device memory at most meanwhile, %s planned to stay",
+                     size(torch.cuda.max_memory_allocated(device)), size(plan.weights))
         model = Decoder(parameters, checkpoint.config, plan.max_model_len)
         caches = allocate_caches(
             checkpoint.config,
@@ -288,8 +293,8 @@ class Engine:
 
 def _files(config: EngineConfig, checkpoint: Checkpoint, plan: MemoryPlan, kind: str) -> CacheFiles:
     ring = checkpoint.config.conv_width + config.drafts(checkpoint.config.mtp_layers > 0)
-    identity = {"model": fingerprint(checkpoint), "dtype": plan.dtype, "quantization": "none", "device": kind,
-                "ring": str(ring)}
+    identity = {"quantization": plan.quantization or "none", "model": fingerprint(checkpoint), "dtype": plan.dtype,
+                "device": kind, "ring": str(ring)}
     return CacheFiles(Path(str(config.cache_dir)).expanduser(), identity)
 
 

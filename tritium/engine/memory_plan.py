@@ -45,6 +45,8 @@ class MemoryPlan:
     """Of running requests; the prefix cache's come on top."""
     num_checkpoints: int
     max_model_len: int
+    quantization: str = ""
+    """What weights are quantized to, and how many tensors are."""
     num_host_checkpoints: int = 0
     """Places for evicted checkpoints in host memory, outside the budget."""
     host_bytes: int = 0
@@ -78,7 +80,7 @@ class MemoryPlan:
         page = f"{self.num_pages:,} pages of {PAGE_TOKENS} tokens, {size(self.bytes_per_page)} each"
         slots = f"{self.num_slots:,} requests and {self.num_checkpoints:,} checkpoints"
         rows = [
-            ("weights", self.weights, self.dtype),
+            ("weights", self.weights, ", ".join(filter(None, (self.dtype, self.quantization)))),
             ("state", self.state_bytes, f"{slots}, {size(self.bytes_per_slot)} each"),
             ("KV", self.kv_bytes, page),
             ("workspace", self.workspace, "activations and logits of one step, at most"),
@@ -155,6 +157,7 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
         num_slots=engine.max_num_seqs,
         num_checkpoints=checkpoints,
         max_model_len=max_model_len,
+        quantization=config.quantization,
         num_host_checkpoints=hosted,
         host_bytes=hosted * bytes_per_slot(config, width),
         notes=tuple(notes),

@@ -19,11 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tritium.config import EngineConfig
-from tritium.core.errors import CheckpointError
+from tritium.core.errors import CheckpointError, ConfigError
 from tritium.models.config import ModelConfig, parse_config
 from tritium.models.dummy import draw_parameters
 from tritium.models.families import family_config
-from tritium.models.parameters import IGNORED, Placement, canonical_name, parameter_shapes, placements
+from tritium.models.parameters import IGNORED, Placement, canonical_name, parameter_shapes, placements, quantizable
+from tritium.models.weights import allocate, fill
+from tritium.ops.quantized import SCHEMES, Weights
+from tritium.quant import Layout, declared, select
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ EMBEDDED = {"tritium-dense": "dense", "tritium-moe": "moe"}
 INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 _AGAIN = "download it again"
 _HASHED_WHOLE = 64 << 20
@@ -48,6 +52,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """As safetensors spells it: F32, BF16, F16, F8_E4M3, ..."""
+    parts: tuple[StoredTensor, ...] = ()
+    """Values and scales, where the file has it quantized; `shape` is then that of the weight."""
+
+    @property
+    def nbytes(self) -> int:
+        own = math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
+        return sum(part.nbytes for part in self.parts) if self.parts else own
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,8 @@ class Checkpoint:
 
     directory: Path
     config: ModelConfig
-    """What the files can really do: without MTP where its tensors are absent, untied where lm_head differs."""
+    """What the files can really do: without MTP where its tensors are absent, untied where lm_head differs; and what
+    is quantized, by the files or at load."""
     tensors: dict[StoredTensor, Placement]
     """Tensors that get loaded, in the order of files, and where each goes."""
     is_dummy: bool = False
@@ -78,16 +90,17 @@ def find_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
     text = resolve("tritium-dense") if raw else resolve(config.model, config.revision, config.download_dir,
                                                         weights=not dummy)
     if not dummy:
-        return open_checkpoint(text)
+        return open_checkpoint(text, config)
     if raw is None:
         generation = text / "generation_config.json"
         model = parse_config(read_json(text / "config.json"),
                              generation=read_json(generation) if generation.exists() else None)
         if (text / "tokenizer.json").exists():
-            return Checkpoint(text, model, {}, is_dummy=True)
+            return Checkpoint(text, _quantized(model, config, fused_names(model)), {}, is_dummy=True)
         text = resolve("tritium-dense")
     else:
         model = parse_config(raw)
+    model = _quantized(model, config, fused_names(model))
     return Checkpoint(text, model, {}, is_dummy=True, text_ids=int(read_json(text / "config.json")["vocab_size"]))
 
 
@@ -144,8 +157,9 @@ def _download(model: str, revision: str | None, download_dir: str | None, files:
         raise CheckpointError(f"downloading {at} failed: {_one_line(e)}", hint="run again to resume") from e
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read config and tensor headers of `directory` and account for every tensor, before any data is read.
+def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Checkpoint:
+    """Read config and tensor headers of `directory` and account for every tensor, before any data is read. `engine`
+    says what is to be quantized at load; what the files have quantized stays so.
 
     Two cases are settled here, with a line in the log: a checkpoint that announces MTP and has no mtp.* tensor
     loses its MTP head; one that says tied but holds an lm_head.weight other than the embeddings is not tied, as in
@@ -156,30 +170,70 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = parse_config(raw, generation=read_json(generation) if generation.exists() else None)
     stored = _stored_tensors(directory)
     by_name = _canonical(stored)
+    quantization = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
+    layout = declared(quantization) if quantization else None
+    if layout:
+        by_name = _joined(by_name, layout)
     config = _settle(config, raw, by_name)
-    return Checkpoint(directory, config, _account(directory, config, by_name))
+    tensors = _account(directory, config, by_name)
+    names = {canonical_name(tensor.name): tensor.name for tensor in tensors}
+    if layout is None:
+        return Checkpoint(directory, _quantized(config, engine, names), tensors)
+    if engine and engine.quantize not in (None, layout.scheme):
+        raise ConfigError(f"--quantize {engine.quantize}: {directory} is {layout.scheme} already", hint="leave it out")
+    brought = tuple((name, layout.scheme) for name in names if by_name[name].parts)
+    return Checkpoint(directory, replace(config, schemes=brought), tensors)
+
+
+def fused_names(config: ModelConfig) -> list[str]:
+    """Canonical names of a checkpoint's tensors where the experts of a layer are one tensor."""
+    return [name for name, place in placements(config).items() if place.expert is None]
+
+
+def _quantized(config: ModelConfig, engine: EngineConfig | None, names: Iterable[str] | dict[str, str]) -> ModelConfig:
+    if engine is None or engine.quantize is None:
+        return config
+    told = names if isinstance(names, dict) else {name: name for name in names}
+    could = {name: told[name] for name in quantizable(config) if name in told}
+    chosen = select(engine.quantize, engine.keep_bf16, engine.quantize_also, could)
+    return replace(config, schemes=tuple(chosen.items()))
+
+
+def _joined(stored: dict[str, StoredTensor], layout: Layout) -> dict[str, StoredTensor]:
+    """Quantized tensors under their own names, with their values and scales as parts."""
+    scheme, joined = SCHEMES[layout.scheme], dict(stored)
+    for name in [n.removesuffix(layout.scales) for n in stored if n.endswith(layout.scales)]:
+        scales, values = joined.pop(name + layout.scales), joined.pop(name + layout.values, None)
+        for suffix in layout.beside:
+            joined.pop(name + suffix, None)
+        if values is None:
+            raise CheckpointError(f"{scales.file.name}: {scales.name} is there, but not what it scales", hint=_AGAIN)
+        *front, columns = values.shape
+        shape = (*front, columns * 8 * _ITEM_BYTES.get(values.dtype, 1) // scheme.bits)
+        own = values.name.removesuffix(layout.values)
+        joined[name] = StoredTensor(own, values.file, shape, values.dtype, (values, scales))
+    return joined
 
 
 def load_parameters(
     checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu", progress: bool = False
-) -> dict[str, torch.Tensor]:
-    """Every parameter of `checkpoint.config`: matrices in `dtype`, vectors in float32, on `device`.
+) -> dict[str, Weights]:
+    """Every parameter of `checkpoint.config`: matrices in `dtype` or quantized, vectors in float32, on `device`.
 
-    Each tensor is read once and copied straight into its region, so the peak is the model plus one tensor (beside
-    pages of the mapped file, which the kernel takes back as it needs).
+    Each tensor is read once and put straight into its region, so the peak is the model plus one tensor (beside
+    pages of the mapped file, which the kernel takes back as it needs). Experts are quantized a few at a time.
     `progress` draws a bar in bytes on stderr.
     """
     if checkpoint.is_dummy:
         return draw_parameters(checkpoint.config, dtype=dtype, device=device, text_ids=checkpoint.text_ids)
-    parameters = {
-        name: torch.empty(spec.shape, dtype=dtype if spec.role == "matrix" else torch.float32, device=device)
-        for name, spec in parameter_shapes(checkpoint.config).items()
-    }
+    parameters = allocate(checkpoint.config, dtype=dtype, device=device)
     with _progress(checkpoint, progress) as done:
         for tensor, place, source in _stream(checkpoint):
-            target = parameters[place.parameter]
-            region = (target if place.expert is None else target[place.expert])[place.start : place.stop]
-            region.copy_(source.reshape(region.shape))
+            try:
+                fill(parameters[place.parameter], place, *source)
+            except ValueError as e:
+                raise CheckpointError(f"{tensor.file.name}: {tensor.name} cannot be quantized: {e}",
+                                      hint=f"--keep-bf16 {canonical_name(tensor.name)}") from e
             done(tensor)
     return parameters
 
@@ -188,7 +242,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """Tells checkpoints apart without reading all: a hash of the configuration and, of every file, all where it is
     small, else the header and some bytes from the middle of every tensor."""
     digest = hashlib.sha256(repr(checkpoint.config).encode())
-    for path in sorted({tensor.file for tensor in checkpoint.tensors}):
+    for path in sorted({part.file for tensor in checkpoint.tensors for part in tensor.parts or (tensor,)}):
         with path.open("rb") as file:
             if path.stat().st_size <= _HASHED_WHOLE:
                 digest.update(file.read())
@@ -289,7 +343,7 @@ def _settle(config: ModelConfig, raw: dict[str, Any], stored: dict[str, StoredTe
     if config.mtp_layers and not any(name.startswith("mtp.") for name in stored):
         log.warning("config.json announces an MTP head, but there is no mtp.* tensor: continuing without it")
         config = replace(config, mtp_layers=0)
-    if config.tied_embeddings and embed and head and not _equal(embed, head):
+    if config.tied_embeddings and embed and head and (head.parts or not _equal(embed, head)):
         log.warning("tie_word_embeddings is set, but lm_head.weight differs from the embeddings: using both")
         config = replace(config, tied_embeddings=False)
     return config
@@ -312,7 +366,7 @@ def _account(
         raise CheckpointError(f"{directory}: tensors that this model does not have: {_some(unknown)}")
     used = {tensor: places[name] for name, tensor in stored.items() if name in places}
     for tensor, place in used.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _DTYPES and not tensor.parts:
             raise CheckpointError(
                 f"{tensor.file.name}: {tensor.name} is {tensor.dtype}, which is not supported",
                 hint=f"supported: {', '.join(_DTYPES)}",
@@ -352,28 +406,34 @@ def _check_filled_once(
         )
 
 
-def _stream(checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, Placement, torch.Tensor]]:
+def _stream(checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, Placement, list[torch.Tensor]]]:
     by_file: dict[Path, list[tuple[StoredTensor, Placement]]] = {}
     for tensor, place in checkpoint.tensors.items():
         by_file.setdefault(tensor.file, []).append((tensor, place))
     for file, tensors in by_file.items():
         with _opened(file) as opened:
             for tensor, place in tensors:
-                yield tensor, place, opened.get_tensor(tensor.name)
+                parts = tensor.parts or (tensor,)
+                yield tensor, place, [read(part, opened if part.file == file else None) for part in parts]
+
+
+def read(tensor: StoredTensor, opened: Any = None) -> torch.Tensor:
+    """The data of a tensor, from its file if that is open."""
+    if opened is not None:
+        return opened.get_tensor(tensor.name)  # type: ignore[no-any-return]
+    with _opened(tensor.file) as file:
+        return file.get_tensor(tensor.name)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _progress(checkpoint: Checkpoint, shown: bool) -> Iterator[Any]:
     from tqdm import tqdm
 
-    def size(tensor: StoredTensor) -> int:
-        return math.prod(tensor.shape) * (4 if tensor.dtype == "F32" else 2)
-
-    total = sum(size(t) for t in checkpoint.tensors)
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors)
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="loading", file=sys.stderr, disable=not shown, leave=False
     ) as bar:
-        yield lambda tensor: bar.update(size(tensor))
+        yield lambda tensor: bar.update(tensor.nbytes)
 
 
 def _some(names: Iterable[str], most: int = 10) -> str:

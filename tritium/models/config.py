@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tritium.core.errors import ConfigError
+from tritium.quant import declared
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +111,14 @@ class ModelConfig:
     moe: MoeConfig | None = None
     mtp_layers: int = 0
     eos_ids: tuple[int, ...] = ()
+    schemes: tuple[tuple[str, str], ...] = ()
+    """Canonical name and scheme of every checkpoint tensor that is quantized here, by the file or at load."""
+
+    @property
+    def quantization(self) -> str:
+        """In words; empty where nothing is quantized."""
+        counts = Counter(scheme for _, scheme in self.schemes)
+        return ", ".join(f"{count:,} tensors {scheme}" for scheme, count in counts.items())
 
     @property
     def num_layers(self) -> int:
@@ -242,14 +252,10 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(raw: Mapping[str, Any], text: _Fields) -> None:
     """Switches of the family that change the mathematics and have one supported value."""
-    for place, prefix in ((raw, ""), (text.raw, text.prefix)):
+    for place in (raw, text.raw):
         quantization = place.get("quantization_config") or place.get("compression_config")
         if quantization:
-            scheme = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-            raise ConfigError(
-                f"config.json: {prefix}quantization_config ({scheme or 'unnamed scheme'}) is not supported",
-                hint="use a float32, bfloat16 or float16 checkpoint",
-            )
+            declared(quantization)
     for key, supported in _SWITCHES.items():
         text.choice(key, supported[0], supported)
     for key in ("sliding_window", "mlp_only_layers", "per_layer_config"):

@@ -1,6 +1,6 @@
-"""The parameters of a network and where each checkpoint tensor goes: shapes only, no torch.
+"""The parameters of a network, where each checkpoint tensor goes and how it is stored: shapes only, no tensors.
 
-Both come from one declaration, so they cannot disagree. See docs/architecture.md for names, shapes and symbols.
+All of it comes from one declaration, so it cannot disagree. See docs/architecture.md for names, shapes and symbols.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from tritium.core.errors import ConfigError
 from tritium.models.config import FULL, ModelConfig
+from tritium.ops.quantized import SCHEMES, Scheme, stored_bytes
 
 Shape = tuple[int, ...]
 Role = Literal["matrix", "vector"]
@@ -45,6 +47,15 @@ class Placement:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows [start, stop) of a matrix (of every expert's), stored in one way: in the compute dtype, or in a scheme."""
+
+    start: int
+    stop: int
+    scheme: Scheme | None
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, ParameterSpec]:
     """Every parameter of the network, by the names of docs/architecture.md."""
     return _declare(config).specs
@@ -63,10 +74,57 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def quantizable(config: ModelConfig) -> list[str]:
+    """Canonical names of the matrices that tokens are multiplied by; experts in the fused spelling too."""
+    d = _declare(config)
+    matrices = [name for name, place in d.places.items() if d.specs[place.parameter].role == "matrix"]
+    return [name for name in matrices if name != "embed_tokens.weight"]
+
+
+def blocks(config: ModelConfig) -> dict[str, tuple[Block, ...]]:
+    """How each matrix is stored, from its first row to its last. Raises `ConfigError` where experts of a layer are not
+    stored alike."""
+    d, schemes = _declare(config), {name: SCHEMES[scheme] for name, scheme in config.schemes}
+    apart = {d.places[name].parameter for name in schemes if d.places[name].expert is not None}
+    pieces: dict[str, dict[tuple[int, int], set[Scheme | None]]] = {}
+    for name, place in d.places.items():
+        spec, fused = d.specs[place.parameter], place.expert is None
+        if spec.role == "vector" or (len(spec.shape) > 2 and fused == (place.parameter in apart)):
+            continue
+        rows = (0, spec.shape[1]) if len(spec.shape) > 2 and fused else (place.start, place.stop)
+        pieces.setdefault(place.parameter, {}).setdefault(rows, set()).add(schemes.get(name))
+    return {parameter: _merged(parameter, found) for parameter, found in pieces.items()}
+
+
+def _merged(parameter: str, pieces: dict[tuple[int, int], set[Scheme | None]]) -> tuple[Block, ...]:
+    found: list[Block] = []
+    for (start, stop), kinds in sorted(pieces.items()):
+        if len(kinds) > 1:
+            raise ConfigError(f"{parameter}: the experts of a layer must all be stored in the same way")
+        (scheme,) = kinds
+        last = found[-1] if found else None
+        if last and last.scheme == scheme and (scheme is None or (start - last.start) % scheme.rows == 0):
+            found[-1] = Block(last.start, stop, scheme)
+        else:
+            found.append(Block(start, stop, scheme))
+    return tuple(found)
+
+
+def stored_sizes(config: ModelConfig, width: int) -> dict[str, int]:
+    """Bytes of every parameter, `width` an element of a matrix that is not quantized."""
+    stored, sizes = blocks(config), {}
+    for name, spec in parameter_shapes(config).items():
+        sizes[name] = ITEM_BYTES["float32"] * math.prod(spec.shape)
+        if spec.role == "matrix":
+            *front, _, columns = spec.shape
+            shapes = [((*front, block.stop - block.start, columns), block.scheme) for block in stored[name]]
+            sizes[name] = sum(stored_bytes(s, shape) if s else width * math.prod(shape) for shape, s in shapes)
+    return sizes
+
+
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of all parameters with matrices in `dtype` (float32, bfloat16 or float16)."""
-    size = {"matrix": ITEM_BYTES[dtype], "vector": ITEM_BYTES["float32"]}
-    return sum(math.prod(spec.shape) * size[spec.role] for spec in parameter_shapes(config).values())
+    """Bytes of all parameters with matrices in `dtype` (float32, bfloat16 or float16), where they are not quantized."""
+    return sum(stored_sizes(config, ITEM_BYTES[dtype]).values())
 
 
 class _Declaration:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tritium.core import StepPlan
 from tritium.ops.spans import Spans
 
-Parameters = Mapping[str, torch.Tensor]
-"""Parameters by name, as docs/architecture.md lists them."""
+Parameters = Mapping[str, Any]
+"""Parameters by name, as docs/architecture.md lists them: vectors and embeddings are tensors, all else `Weights`."""
 
 
 @dataclass(frozen=True)
