@@ -15,6 +15,7 @@ from tritium.core import ConfigError, TritiumError
 if TYPE_CHECKING:
     from tritium.config import EngineConfig
     from tritium.hw import Target
+    from tritium.models.checkpoint import Checkpoint
 
 
 CONTEXTS = (4096, 32_768, 131_072, 262_144)
@@ -25,8 +26,9 @@ CONTEXTS = (4096, 32_768, 131_072, 262_144)
               "chips (gfx1151,sm_90,... or all), which need not be here, and report; 1 if one breaks a limit.")
 @click.option("--models", metavar="NAMES", help="With --compile: members of the family, separated by commas.")
 @click.option("--target", "arch", metavar="ARCH", help="Ask about a chip that is not here (gfx1151, sm_90, ...).")
+@click.option("--tensors", "each", is_flag=True, help="With --quantize: every tensor, not one line for all layers.")
 @options.engine_flags
-def doctor(arches: str | None, models: str | None, arch: str | None, **flags: Any) -> int:
+def doctor(arches: str | None, models: str | None, arch: str | None, each: bool, **flags: Any) -> int:
     """Report the machine, the ops, the memory plan of a model, and problems (then the exit code is 1)."""
     if arches:
         return compile_matrix(arches.split(","), models.split(",") if models else None, progress=not flags["quiet"])
@@ -49,7 +51,7 @@ def doctor(arches: str | None, models: str | None, arch: str | None, **flags: An
     if target.is_gpu:
         click.echo("launch parameters\n" + parameters(target))
     try:
-        click.echo(f"{config.model}\n{plan(config, target)}")
+        click.echo(f"{config.model}\n{plan(config, target, each)}")
     except TritiumError as error:
         problems.append(error)
     problems += [] if arch else trouble(target, torch)
@@ -149,14 +151,18 @@ def parameters(target: Target) -> str:
     return "\n".join(lines)
 
 
-def plan(config: EngineConfig, target: Target) -> str:
-    """The memory plan of the model, which is not loaded; on a GPU also what would fit, and how fast it may decode."""
+def plan(config: EngineConfig, target: Target, each: bool = False) -> str:
+    """The memory plan of the model, which is not loaded, and what is quantized; on a GPU also what would fit, and how
+    fast it may decode."""
     from tritium.engine.memory_plan import compute_dtype, fits, plan_memory
     from tritium.models.checkpoint import find_checkpoint
     from tritium.models.parameters import ITEM_BYTES
 
-    model = find_checkpoint(config, weights=False).config
+    checkpoint = find_checkpoint(config, weights=False)
+    model, width = checkpoint.config, ITEM_BYTES[compute_dtype(checkpoint.config, config, target)]
     text = plan_memory(model, config, target).table()
+    if model.schemes:
+        text += "\n" + tensors(checkpoint, width, each)
     if not target.is_gpu:
         return text
 
@@ -165,7 +171,26 @@ def plan(config: EngineConfig, target: Target) -> str:
     lines = [text, "  tokens      requests at once" + ("  tokens/s of one, at most" if target.bandwidth else "")]
     for context in CONTEXTS:
         if context <= model.max_position:
-            speed = target.bandwidth / step_bytes(model, 1, context, ITEM_BYTES[compute_dtype(model, config, target)])
+            speed = target.bandwidth / step_bytes(model, 1, context, width)
             lines.append(f"  {context:<11,} {fits(model, config, target, context):>16,}"
                          + (f"  {speed:.1f}" if target.bandwidth else ""))
     return "\n".join(lines)
+
+
+def tensors(checkpoint: Checkpoint, width: int, each: bool) -> str:
+    """A line for every tensor of the checkpoint (`each`), or for all that differ in their numbers: scheme and bytes,
+    `width` for an element of a matrix that is not quantized."""
+    from tritium.engine.memory_plan import size
+    from tritium.models.checkpoint import table
+    from tritium.quant import pattern
+
+    lines: dict[tuple[str, str], list[int]] = {}
+    totals: dict[str, list[int]] = {}
+    for name, scheme, count in table(checkpoint, width):
+        lines.setdefault((name if each else pattern(name), scheme), []).append(count)
+        totals.setdefault(scheme, []).append(count)
+    rows = [(name, scheme, found) for (name, scheme), found in lines.items()]
+    rows += [("all", scheme, found) for scheme, found in totals.items()]
+    longest = max(len(name) for name, _, _ in rows)
+    shown = (f"  {name:<{longest}}  {scheme:<10}{len(found):>6}{size(sum(found)):>11}" for name, scheme, found in rows)
+    return "\n".join([f"  {'tensors':<{longest}}  {'stored':<10}{'count':>6}{'bytes':>11}", *shown])

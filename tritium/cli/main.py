@@ -20,6 +20,7 @@ from tritium.cli.chat import chat
 from tritium.cli.doctor import doctor
 from tritium.cli.evaluate import evaluate
 from tritium.cli.generate import generate
+from tritium.cli.quantize import quantize
 from tritium.cli.serve import serve
 from tritium.cli.tune import tune
 from tritium.core import CapacityError, ConfigError, RequestError, TritiumError
@@ -35,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (serve, chat, generate, evaluate, bench, tune, doctor):
+for command in (serve, chat, generate, evaluate, quantize, bench, tune, doctor):
     cli.add_command(command)
 
 

@@ -25,7 +25,7 @@ from tritium.models.dummy import draw_parameters
 from tritium.models.families import family_config
 from tritium.models.parameters import IGNORED, Placement, canonical_name, parameter_shapes, placements, quantizable
 from tritium.models.weights import allocate, fill
-from tritium.ops.quantized import SCHEMES, Weights
+from tritium.ops.quantized import SCHEMES, Weights, stored_bytes
 from tritium.quant import Layout, declared, select
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Chec
     raw = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     config = parse_config(raw, generation=read_json(generation) if generation.exists() else None)
-    stored = _stored_tensors(directory)
+    stored = stored_tensors(directory)
     by_name = _canonical(stored)
     quantization = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
     layout = declared(quantization) if quantization else None
@@ -183,6 +183,23 @@ def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Chec
         raise ConfigError(f"--quantize {engine.quantize}: {directory} is {layout.scheme} already", hint="leave it out")
     brought = tuple((name, layout.scheme) for name in names if by_name[name].parts)
     return Checkpoint(directory, replace(config, schemes=brought), tensors)
+
+
+def table(checkpoint: Checkpoint, width: int) -> list[tuple[str, str, int]]:
+    """Name, scheme (or compute dtype of a matrix, float32) and bytes of every tensor of a checkpoint as it is loaded;
+    `width` an element of a matrix that is not quantized."""
+    schemes, shapes = dict(checkpoint.config.schemes), parameter_shapes(checkpoint.config)
+    places = placements(checkpoint.config)
+    loaded = [tensor.name for tensor in checkpoint.tensors] or fused_names(checkpoint.config)
+    found = []
+    for name in loaded:
+        place, scheme = places[canonical_name(name)], schemes.get(canonical_name(name))
+        if scheme:
+            found.append((name, scheme, stored_bytes(SCHEMES[scheme], place.shape)))
+        else:
+            each = width if shapes[place.parameter].role == "matrix" else _ITEM_BYTES["F32"]
+            found.append((name, "float32" if each == _ITEM_BYTES["F32"] else "16 bits", each * place.numel))
+    return found
 
 
 def fused_names(config: ModelConfig) -> list[str]:
@@ -272,7 +289,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _stored_tensors(directory: Path) -> list[StoredTensor]:
+def stored_tensors(directory: Path) -> list[StoredTensor]:
+    """Every tensor of a directory's files, in their order."""
     index = directory / INDEX
     if not index.exists():
         return [tensor for file in _unindexed_files(directory) for tensor in _header(file)]

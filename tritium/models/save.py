@@ -1,0 +1,100 @@
+"""`tritium quantize`: a checkpoint with the tensors of its scheme quantized, written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from tritium.core.errors import CheckpointError, ConfigError
+from tritium.models.checkpoint import INDEX, Checkpoint, StoredTensor, read, read_json, stored_tensors
+from tritium.models.parameters import canonical_name
+from tritium.ops.quantized import SCHEMES, Scheme, quantize, stored_shapes
+from tritium.quant import declaration
+
+_NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32",
+          torch.bfloat16: "BF16"}  # fmt: skip
+
+
+def save(checkpoint: Checkpoint, directory: Path, *, device: str = "cpu", progress: bool = False) -> tuple[int, int]:
+    """Writes `checkpoint`, whose configuration says what is quantized, to `directory`: file by file as it is stored,
+    what is not quantized byte by byte, config.json last. Gives the bytes of all tensors before and after.
+
+    What is quantized on `device` has the bits that loading it there with --quantize gives. Raises `ConfigError` or
+    `CheckpointError`."""
+    from tqdm import tqdm
+
+    schemes = {name: SCHEMES[scheme] for name, scheme in checkpoint.config.schemes}
+    if checkpoint.is_dummy or any(tensor.parts for tensor in checkpoint.tensors):
+        raise ConfigError(f"{checkpoint.directory} has no weights to quantize, or quantized ones")
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory} is not empty", hint="name a new directory")
+    files: dict[Path, list[StoredTensor]] = {}
+    for tensor in stored_tensors(checkpoint.directory):
+        files.setdefault(tensor.file, []).append(tensor)
+    before, after, places = sum(t.nbytes for ts in files.values() for t in ts), 0, dict[str, str]()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in checkpoint.directory.iterdir():
+            if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, "config.json"):
+                shutil.copy(path, directory / path.name)
+        with tqdm(
+            total=before, unit="B", unit_scale=True, desc="quantizing", file=sys.stderr, disable=not progress
+        ) as bar:
+            for file, tensors in files.items():
+                chosen = {tensor: schemes.get(canonical_name(tensor.name)) for tensor in tensors}
+                header, size = _header(chosen)
+                after += size
+                places |= {name: file.name for name in header if name != "__metadata__"}
+                with (directory / file.name).open("wb") as out:
+                    text = json.dumps(header, separators=(",", ":")).encode()
+                    text += b" " * (-len(text) % 8)
+                    out.write(len(text).to_bytes(8, "little") + text)
+                    for tensor, scheme in chosen.items():
+                        for piece in _pieces(tensor, scheme, device):
+                            out.write(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                        bar.update(tensor.nbytes)
+        if (checkpoint.directory / INDEX).exists():
+            index = {"metadata": {"total_size": after}, "weight_map": places}
+            (directory / INDEX).write_text(json.dumps(index, indent=2))
+        config = read_json(checkpoint.directory / "config.json")
+        config["quantization_config"] = declaration(checkpoint.config.schemes[0][1])
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+    except OSError as e:
+        raise CheckpointError(f"{directory} cannot be written: {e.strerror}", hint="remove what was begun") from e
+    return before, after
+
+
+def _header(tensors: dict[StoredTensor, Scheme | None]) -> tuple[dict[str, object], int]:
+    """The header of a safetensors file, and the bytes behind it."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor, scheme in tensors.items():
+        entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)]
+        if scheme:
+            kinds = (scheme.values, scheme.scales)
+            entries = [
+                (tensor.name + suffix, _NAMES[kind], shape, math.prod(shape) * kind.itemsize)
+                for suffix, kind, shape in zip(("", "_scale"), kinds, stored_shapes(scheme, tensor.shape))
+            ]
+        for name, dtype, shape, size in entries:
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+    return header, end
+
+
+def _pieces(tensor: StoredTensor, scheme: Scheme | None, device: str) -> Iterator[torch.Tensor]:
+    data = read(tensor)
+    if scheme is None:
+        yield data
+        return
+    try:
+        yield from quantize(data.to(device), scheme)[:2]
+    except ValueError as e:
+        raise CheckpointError(f"{tensor.file.name}: {tensor.name} cannot be quantized: {e}",
+                              hint=f"--keep-bf16 {tensor.name}") from e
