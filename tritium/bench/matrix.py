@@ -8,21 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tritium.core import MOST_ENDS, SHORT_ROW, ConfigError
+from tritium.hw import named
 from tritium.hw.host import available_cores
+from tritium.models.checkpoint import fused_names
 from tritium.models.config import FULL, LINEAR, parse_config
 from tritium.models.decoder import Decoder, allocate_caches
 from tritium.models.families import FAMILY, family_config
-from tritium.models.parameters import parameter_shapes
+from tritium.models.parameters import quantizable
+from tritium.models.weights import allocate
 from tritium.nn.batch import ForwardBatch
 from tritium.ops.feed import HEADER, feed
+from tritium.ops.quantized import SCHEMES
 from tritium.ops.sampling import Edits, logprobs, sample
 from tritium.ops.spans import Spans
+from tritium.quant import select
 
 if TYPE_CHECKING:
     from tritium.ops.kernels.launch import Launch
@@ -71,19 +77,19 @@ STEPS = (
 )  # fmt: skip
 
 
-def launches(model: str, arch: str, steps: Sequence[Step] = STEPS) -> Iterator[tuple[str, Launch]]:
-    """(step in words, launch) of everything that `model` launches on `arch`."""
+def launches(model: str, arch: str, steps: Sequence[Step] = STEPS, scheme: str = "") -> Iterator[tuple[str, Launch]]:
+    """(step in words, launch) of everything that `model` launches on `arch`, all that may be quantized in `scheme`."""
     from tritium.ops.kernels.launch import recorded
 
     raw = family_config(model)
     if raw is None:
         raise ConfigError(f"{model} is not a model of the family", hint=", ".join(FAMILY))
     config = replace(parse_config(raw), layer_types=(LINEAR, FULL))
-    dtypes = {"matrix": torch.bfloat16, "vector": torch.float32}
-    parameters = {
-        name: torch.empty(spec.shape, dtype=dtypes[spec.role], device=_META)
-        for name, spec in parameter_shapes(config).items()
-    }
+    if scheme:  # what fp8 takes by default, which no scheme takes more than, and the head
+        could = {name: name for name in quantizable(config) if name in fused_names(config)}
+        chosen = select("fp8", (), [name for name in could if name == "lm_head.weight"], could)
+        config = replace(config, schemes=tuple((name, scheme) for name in chosen))
+    parameters = allocate(config, dtype=torch.bfloat16, device=_META, features=named(arch).features)
     decoder = Decoder(parameters, config, _POSITIONS)
     caches = allocate_caches(config, pages=_PAGES, slots=_SLOTS, dtype=torch.bfloat16, device=_META, drafts=_DRAFTS)
     for step in steps:
@@ -145,9 +151,9 @@ def run(
     jobs: dict[object, Job] = {}
     for arch in arches:
         for model in models:
-            for _, launch in launches(model, arch):
+            for _, launch in chain(*(launches(model, arch, scheme=scheme) for scheme in ("", *SCHEMES))):
                 job = Job.of(launch, arch)
-                form = tuple(value for value in launch.options.values() if isinstance(value, bool))
+                form = tuple(value for value in launch.options.values() if isinstance(value, (bool, str)))
                 jobs[(arch, launch.kernel, launch.entries, form) if sample else job.key] = job
     wanted = {job.key: job for job in jobs.values()}
     for found in compile_all(wanted.values(), workers=workers or available_cores(), cache=cache):

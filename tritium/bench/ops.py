@@ -12,6 +12,8 @@ import torch
 from tritium.bench.ceilings import Ceilings, seconds_of
 from tritium.hw import probe
 from tritium.models.config import ModelConfig
+from tritium.models.parameters import blocks
+from tritium.ops.quantized import FORMS
 from tritium.ops.spans import Spans
 from tritium.ops.spec import Dims, Op
 
@@ -33,16 +35,26 @@ def _sizes(config: ModelConfig, rows: int, contexts: Sequence[int]) -> dict[str,
     H, V, d, G, N = (config.hidden_size, config.vocab_size, config.head_dim, config.num_kv_heads, config.num_heads)
     nk, nv, dk, dv = config.gdn_key_heads, config.gdn_value_heads, config.gdn_key_dim, config.gdn_value_dim
     values = nv * dv
+    stored = blocks(config)
+
+    def form(parameter: str) -> Dims:
+        """How the first layer that has this parameter stores it."""
+        of_it = next((found for name, found in stored.items() if name.endswith(f"{parameter}.weight")), ())
+        if not of_it or (scheme := of_it[0].scheme) is None:
+            return {}
+        plain = sum(block.stop - block.start for block in of_it if block.scheme is None)
+        return {"scheme": FORMS.index(scheme) + 1} | ({"plain": plain} if plain else {})
+
     products: list[Dims] = [
-        {"M": rows, "N": config.conv_channels + values + 2 * nv, "K": H, "norm": 1},
-        {"M": rows, "N": H, "K": values, "residual": 1},
-        {"M": rows, "N": 2 * (N + G) * d, "K": H, "norm": 1},
-        {"M": rows, "N": H, "K": N * d, "residual": 1},
-        {"M": rows, "N": V, "K": H},
+        {"M": rows, "N": config.conv_channels + values + 2 * nv, "K": H, "norm": 1, **form("in_proj")},
+        {"M": rows, "N": H, "K": values, "residual": 1, **form("out_proj")},
+        {"M": rows, "N": 2 * (N + G) * d, "K": H, "norm": 1, **form("qkv_proj")},
+        {"M": rows, "N": H, "K": N * d, "residual": 1, **form("o_proj")},
+        {"M": rows, "N": V, "K": H, **form("lm_head")},
     ]
     if inner := config.intermediate_size:
-        products += [{"M": rows, "N": inner, "K": H, "norm": 1, "gated": 1},
-                     {"M": rows, "N": H, "K": inner, "residual": 1}]
+        products += [{"M": rows, "N": inner, "K": H, "norm": 1, "gated": 1, **form("mlp.gate_up")},
+                     {"M": rows, "N": H, "K": inner, "residual": 1, **form("mlp.down")}]
     found: dict[str, list[Dims]] = {
         "linear": products,
         "rms_norm": [{"M": rows, "D": H}],
@@ -55,7 +67,7 @@ def _sizes(config: ModelConfig, rows: int, contexts: Sequence[int]) -> dict[str,
     }
     if moe := config.moe:
         experts = {"E": moe.num_experts, "K": moe.experts_per_token, "H": H, "I": moe.intermediate_size}
-        found["moe"] = [{"T": rows, **experts, "S": moe.shared_intermediate_size}]
+        found["moe"] = [{"T": rows, **experts, "S": moe.shared_intermediate_size, **form("experts_down")}]
     return found
 
 
