@@ -30,8 +30,6 @@ from tritium.ops.quantized import LARGEST, Quantized
 _KINDS = {"int8": "int8", "fp8": "e4m3", "fp8-block": "e4m3", "int4": "int4", "mxfp4": "e2m1"}
 LEAST = tl.constexpr(1e-30)
 """Stands in for the largest magnitude of a token of zeros."""
-BIG = tl.constexpr(2.0**64)
-"""e2m1 unpacks to numbers times 2^-126; what they are multiplied by is that much larger, so that nothing is lost."""
 
 
 @triton.jit
@@ -89,22 +87,45 @@ def _byte(word):
 
 
 @triton.jit
-def _nibbles(word, KIND: tl.constexpr, PLAIN: tl.constexpr):
-    """The eight numbers of words, lowest first, as float32: of e2m1 times 2^-126; of int4 above 16 or 256 by turns,
-    counted from -8; PLAIN: as they are."""
+def _nibbles(word, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `_places` says: the bits of a float32
+    from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice the number (NATIVE: + 12)."""
     values = ()
-    if KIND == "e2m1":
+    if KIND == "int4":
         for j in tl.static_range(8):
-            values += (((word << (28 - 4 * j)) >> 6 & -0x7E400000).to(tl.float32, bitcast=True),)  # type: ignore[assignment]
+            bits = word & (15 << 4 * j) if j < 6 else (word >> 8) & (15 << 4 * (j - 2))
+            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
+    elif NATIVE:
+        # A byte permutation looks up four of eight bytes; bit 3 of an index, the sign, makes it 0.
+        low, high = tl.inline_asm_elementwise(
+            """{.reg .b32 a, b, p, n; mov.b32 a, 0x03020100; mov.b32 b, 0x0C080604;
+            .reg .b32 w, s; xor.b32 s, $2, 0x88888888;
+            prmt.b32 p, a, b, $2; prmt.b32 n, a, b, s; sub.s32 p, p, n; add.s32 $0, p, 0x0C0C0C0C;
+            shr.u32 w, $2, 16; shr.u32 s, s, 16;
+            prmt.b32 p, a, b, w; prmt.b32 n, a, b, s; sub.s32 p, p, n; add.s32 $1, p, 0x0C0C0C0C;}""",
+            "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        for j in tl.static_range(8):
+            four = low if j < 4 else high
+            bits = four >> 24 if j % 4 == 3 else four & (255 << 8 * (j % 4))
+            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
     else:
-        for j in tl.static_range(4):
-            two = (word << 15, word << 7, word >> 1, word >> 9)[j]
-            low = (two & 0x00078000 | 0x43800000).to(tl.float32, bitcast=True)
-            high = (two & 0x00780000 | 0x41800000).to(tl.float32, bitcast=True)
-            if PLAIN:
-                low, high = low - 264.0, high - 24.0
-            values += (low, high)  # type: ignore[assignment]
+        for j in tl.static_range(8):
+            bits = (word << (28 - 4 * j)) >> 6 & -0x7E400000
+            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
     return values
+
+
+@triton.jit
+def _places(j, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """2^(80 - p) of number j of a word."""
+    if KIND == "int4":
+        place = 4 * j - tl.where(j < 6, 0, 8)
+    elif NATIVE:
+        place = tl.where(j % 4 == 3, 0, j % 4 * 8)
+    else:
+        place = j * 0 + 22
+    return ((127 + 80 - place) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -127,32 +148,32 @@ def _four(x, norm, at, factor, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.con
 def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
            KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Of W words' columns of the token from k on: x (1 + n) as factors of their numbers (rounded int8: as words), Σ x²
-    by word, and of int4 what `_nibbles` adds to each word's product."""
+    by word, and what is too much in each word's product as `_nibbles` counts."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
-    at = k + tl.arange(0, W)[:, None] * PER + tl.arange(0, 4)[None, :]
+    j = tl.arange(0, 4)
+    at = k + tl.arange(0, W)[:, None] * PER + j[None, :]
     value, squares = _four(x, norm, at, factor, K, EVEN, NORM)
     added = squares
     if ROUND:
-        word = tl.sum(_rounded(value, KIND, NATIVE) << (8 * tl.arange(0, 4))[None, :], axis=1)
+        word = tl.sum(_rounded(value, KIND, NATIVE) << (8 * j)[None, :], axis=1)
         if KIND == "int8":
             out = (word,)
         else:
             out = _e4m3(word, NATIVE)
-    else:
+    elif PER == 4:
         out = _split4(value)
-    if PER == 8:
+    else:
         high, more = _four(x, norm, at + 4, factor, K, EVEN, NORM)
         squares += more
-        if KIND == "int4":
-            of_each = tl.where(tl.arange(0, 4) % 2 == 0, 264.0, 24.0)[None, :]
-            added = tl.sum((value + high) * of_each, axis=1)
-        high = _split4(high)
-        out = (out[0], out[1], out[2], out[3], high[0], high[1], high[2], high[3])
+        added = tl.sum(value + high, axis=1) * ((8.0 if KIND == "int4" else 12.0) * 2.0**-69)
+        low = _split4(value * _places(j, KIND, NATIVE)[None, :])
+        high = _split4(high * _places(4 + j, KIND, NATIVE)[None, :])
+        out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])
     return out, squares, added
 
 
 @triton.jit
-def _multiplied(tile, factors, added, KIND: tl.constexpr, PLAIN: tl.constexpr, NATIVE: tl.constexpr):
+def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """[ROWS, W] words by the factors of a token: sums of four words' products, which one thread holds, [ROWS, W / 4];
     int32 of rounded int8."""
     FOUR: tl.constexpr = tile.shape[1] // 4
@@ -174,10 +195,10 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, PLAIN: tl.constexpr, N
                 for j in tl.static_range(4):
                     total += ((four[i] << (8 * j)) >> 24) * ((x << (8 * j)) >> 24)
         else:
-            values = _e4m3(four[i], NATIVE) if KIND == "e4m3" else _nibbles(four[i], KIND, PLAIN)
+            values = _e4m3(four[i], NATIVE) if KIND == "e4m3" else _nibbles(four[i], KIND, NATIVE)
             for j in tl.static_range(len(factors)):
                 total += values[j] * mine[j][i][None, :]
-    if KIND == "int4" and not PLAIN:
+    if KIND == "int4" or (KIND == "e2m1" and NATIVE):
         total -= tl.sum(tl.reshape(added, [FOUR, 4]), axis=1)[None, :]
     return total
 
@@ -234,8 +255,7 @@ def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def rows_by_token(tile, up_tile, at, up_at, scale_at, up_scale_at, x, norm, rows, K: tl.constexpr,
-                  COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr,
-                  PLAIN: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr
+                  COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr
                   ):  # fmt: skip
     """Rows of one or TWO blocks of a weight by one token, each [ROWS] (x with its norm's rsqrt left out, whose Σ x² is
     the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`:
@@ -256,8 +276,8 @@ def rows_by_token(tile, up_tile, at, up_at, scale_at, up_scale_at, x, norm, rows
     if ROUND:
         top = largest(x, norm, K, NORM)
         factor, unit = LARGEST / top, top / LARGEST
-    elif KIND == "e2m1":
-        factor, unit = BIG, 2.0**62
+    elif PER == 8:
+        unit = 2.0**69 if KIND == "int4" else 2.0**68
     for i in tl.range(0, LAST):
         k = (i + 1) * W
         next_tile, next_up = words(at, k, rows, WIDTH, W, FULL and WHOLE), up_tile
@@ -267,19 +287,19 @@ def rows_by_token(tile, up_tile, at, up_at, scale_at, up_scale_at, x, norm, rows
             next_up_scale = _scales(up_scale_at, k, rows, WIDTH, W, GROUP, PER, FULL and WHOLE)
         factors, more, added = _token(x, norm, i * COLUMNS, factor, K, W, True, NORM, KIND, ROUND, NATIVE)
         squares += more
-        product = _multiplied(tile, factors, added, KIND, PLAIN, NATIVE)
+        product = _multiplied(tile, factors, added, KIND, NATIVE)
         total += product * _factor(scale) if GROUP else product
         if TWO:
-            product = _multiplied(up_tile, factors, added, KIND, PLAIN, NATIVE)
+            product = _multiplied(up_tile, factors, added, KIND, NATIVE)
             up_total += product * _factor(up_scale) if GROUP else product
         tile, up_tile, scale, up_scale = next_tile, next_up, next_scale, next_up_scale
     factors, more, added = _token(x, norm, LAST * COLUMNS, factor, K, W, WHOLE, NORM, KIND, ROUND, NATIVE)
-    product = _multiplied(tile, factors, added, KIND, PLAIN, NATIVE)
+    product = _multiplied(tile, factors, added, KIND, NATIVE)
     total += product * _factor(scale) if GROUP else product
     out = tl.sum(total, axis=1).to(tl.float32) * unit
     up_out = out
     if TWO:
-        product = _multiplied(up_tile, factors, added, KIND, PLAIN, NATIVE)
+        product = _multiplied(up_tile, factors, added, KIND, NATIVE)
         up_total += product * _factor(up_scale) if GROUP else product
         up_out = tl.sum(up_total, axis=1).to(tl.float32) * unit
     if not GROUP:
@@ -291,7 +311,7 @@ def rows_by_token(tile, up_tile, at, up_at, scale_at, up_scale_at, x, norm, rows
 
 @triton.jit
 def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
-         GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, PLAIN: tl.constexpr, NATIVE: tl.constexpr,
+         GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
          ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
          NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is busy while the
@@ -319,7 +339,7 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
     if RESIDUAL:
         before = tl.load(residual + n, mask=rows, other=0.0).to(tl.float32)
     out, up, squares = rows_by_token(tile, up_tile, at, up_at, scale_at, up_scale_at, x, norm, rows, K, COLUMNS, KIND,
-                                     GROUP, LARGEST, PLAIN, NATIVE, FULL, GATED, NORM)  # fmt: skip
+                                     GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
     release_next(pdl)
     scale = 1.0
     if NORM:
@@ -558,7 +578,7 @@ def quantized(
         rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, triton.next_power_of_2(K)))
         launch(
             _one, (triton.cdiv(N, rows),), values, w.scales, x_MK, x_MK if norm_K is None else norm_K, residual, y_MN,
-            eps, NORM=norm_K is not None, LARGEST=most, PLAIN=w.dtype.itemsize > 2, NATIVE=native(target), ROWS=rows,
+            eps, NORM=norm_K is not None, LARGEST=most, NATIVE=native(target), ROWS=rows,
             COLUMNS=columns, THREADS=32 * found["num_warps"],
             PREFETCH=found.pop("prefetch") if "dependent_launch" in target.features else 0, **shared, **found,
         )  # fmt: skip
