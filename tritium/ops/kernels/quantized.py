@@ -225,10 +225,9 @@ def words(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr)
 
 
 @triton.jit
-def _scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr,
-            EVEN: tl.constexpr):  # fmt: skip
-    """A stored scale for four words of each row; nothing without GROUP."""
-    out = rows
+def row_scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr,
+               EVEN: tl.constexpr):  # fmt: skip
+    """A stored scale for four words of each row from word k on; without GROUP that of the row, [ROWS, 1]."""
     if GROUP:
         word = k + tl.arange(0, W // 4) * 4
         if EVEN:
@@ -236,6 +235,8 @@ def _scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.constex
         else:
             inside = rows[:, None] & (word < WIDTH)[None, :]
             out = tl.load(at + word[None, :] // (GROUP // PER), mask=inside, other=0)
+    else:
+        out = tl.load(at, mask=rows[:, None], other=0.0)
     return out
 
 
@@ -254,37 +255,38 @@ def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def rows_by_token(tile, up_tile, at, up_at, scale_at, up_scale_at, x, norm, rows, K: tl.constexpr,
-                  COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr
-                  ):  # fmt: skip
+def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
+                  K: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+                  LARGEST: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr,
+                  NORM: tl.constexpr):  # fmt: skip
     """Rows of one or TWO blocks of a weight by one token, each [ROWS] (x with its norm's rsqrt left out, whose Σ x² is
-    the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`:
-    pointers to the first scale of a row, [ROWS, 1]; `rows`: those that exist, FULL: all. The next words are on their way
-    while some are multiplied."""
+    the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`
+    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded; `rows`: those that exist, FULL: all. The next
+    words are on their way while some are multiplied."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER
     LAST: tl.constexpr = (K - 1) // COLUMNS
     WHOLE: tl.constexpr = K % COLUMNS == 0
+    EVEN: tl.constexpr = FULL and WHOLE
     ROUND: tl.constexpr = LARGEST > 0
     total = tl.zeros([rows.shape[0], W // 4], tl.int32 if KIND == "int8" else tl.float32)
     up_total = total
     squares = tl.zeros([W], tl.float32)
-    scale = _scales(scale_at, 0, rows, WIDTH, W, GROUP, PER, FULL and WHOLE)
-    up_scale = _scales(up_scale_at, 0, rows, WIDTH, W, GROUP, PER, FULL and WHOLE) if TWO else scale
     factor, unit = 1.0, 1.0
     if ROUND:
-        top = largest(x, norm, K, NORM)
         factor, unit = LARGEST / top, top / LARGEST
     elif PER == 8:
         unit = 2.0**69 if KIND == "int4" else 2.0**68
     for i in tl.range(0, LAST):
         k = (i + 1) * W
-        next_tile, next_up = words(at, k, rows, WIDTH, W, FULL and WHOLE), up_tile
-        next_scale, next_up_scale = _scales(scale_at, k, rows, WIDTH, W, GROUP, PER, FULL and WHOLE), up_scale
+        next_tile, next_up, next_scale, next_up_scale = words(at, k, rows, WIDTH, W, EVEN), up_tile, scale, up_scale
+        if GROUP:
+            next_scale = row_scales(scale_at, k, rows, WIDTH, W, GROUP, PER, EVEN)
         if TWO:
-            next_up = words(up_at, k, rows, WIDTH, W, FULL and WHOLE)
-            next_up_scale = _scales(up_scale_at, k, rows, WIDTH, W, GROUP, PER, FULL and WHOLE)
+            next_up = words(up_at, k, rows, WIDTH, W, EVEN)
+            if GROUP:
+                next_up_scale = row_scales(up_scale_at, k, rows, WIDTH, W, GROUP, PER, EVEN)
         factors, more, added = _token(x, norm, i * COLUMNS, factor, K, W, True, NORM, KIND, ROUND, NATIVE)
         squares += more
         product = _multiplied(tile, factors, added, KIND, NATIVE)
@@ -297,15 +299,13 @@ def rows_by_token(tile, up_tile, at, up_at, scale_at, up_scale_at, x, norm, rows
     product = _multiplied(tile, factors, added, KIND, NATIVE)
     total += product * _factor(scale) if GROUP else product
     out = tl.sum(total, axis=1).to(tl.float32) * unit
+    out *= 1.0 if GROUP else tl.sum(scale, axis=1)
     up_out = out
     if TWO:
         product = _multiplied(up_tile, factors, added, KIND, NATIVE)
         up_total += product * _factor(up_scale) if GROUP else product
         up_out = tl.sum(up_total, axis=1).to(tl.float32) * unit
-    if not GROUP:
-        out *= tl.sum(tl.load(scale_at, mask=rows[:, None], other=0.0), axis=1)
-        if TWO:
-            up_out *= tl.sum(tl.load(up_scale_at, mask=rows[:, None], other=0.0), axis=1)
+        up_out *= 1.0 if GROUP else tl.sum(up_scale, axis=1)
     return out, up_out, tl.sum(squares + more)
 
 
@@ -331,6 +331,8 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
     up_scale_at = scales + ((N + n) // SHARING)[:, None] * G
     tile = words(at, 0, rows, WIDTH, W, EVEN)
     up_tile = words(up_at, 0, rows, WIDTH, W, EVEN) if GATED else tile
+    scale = row_scales(scale_at, 0, rows, WIDTH, W, GROUP, PER, EVEN)
+    up_scale = row_scales(up_scale_at, 0, rows, WIDTH, W, GROUP, PER, EVEN) if GATED else scale
     if PREFETCH > 0:
         _prefetch(w, first, N, WIDTH * 4, ROWS, W * 4, PREFETCH, THREADS)
         if GATED:
@@ -338,8 +340,9 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + n, mask=rows, other=0.0).to(tl.float32)
-    out, up, squares = rows_by_token(tile, up_tile, at, up_at, scale_at, up_scale_at, x, norm, rows, K, COLUMNS, KIND,
-                                     GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
+    top = largest(x, norm, K, NORM) if LARGEST > 0 else 1.0
+    out, up, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
+                                     K, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
     release_next(pdl)
     scale = 1.0
     if NORM:
@@ -397,7 +400,7 @@ def _nibble(code, exponent, KIND: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _row_scales(at, k, taken, K: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr):
+def _tile_scales(at, k, taken, K: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr):
     """What a tile from column k on needs: the scale of its group, or the exponents of its groups of 32 in a word."""
     G: tl.constexpr = (K + GROUP - 1) // GROUP
     if at.dtype.element_ty == tl.uint8:
@@ -438,10 +441,10 @@ def tile_product(w, scales, x, row, taken, x_row, K: tl.constexpr, DEPTH: tl.con
     else:
         total = tl.zeros((row.shape[0], x_row.shape[0]), tl.float32)
     if GROUP:
-        scale = _row_scales(scale_at, 0, taken, K, GROUP, DEPTH)
+        scale = _tile_scales(scale_at, 0, taken, K, GROUP, DEPTH)
     for k in tl.range(0, WIDTH, STEP, num_stages=STAGES):
         if GROUP:
-            next_scale = _row_scales(scale_at, (k + STEP) * (2 if HALVES else 1), taken, K, GROUP, DEPTH)
+            next_scale = _tile_scales(scale_at, (k + STEP) * (2 if HALVES else 1), taken, K, GROUP, DEPTH)
         if FULL and EVEN:
             weight = tl.load(w_at + k)
         elif EVEN:
@@ -478,6 +481,9 @@ def tile_product(w, scales, x, row, taken, x_row, K: tl.constexpr, DEPTH: tl.con
                 total += tl.dot(weight, tl.trans(value), input_precision=PRECISION) * scale[:, None]
             elif ROUND and KIND == "int8":
                 total = tl.dot(weight, tl.trans(value), total, out_dtype=tl.int32)
+            elif ROUND and x_row.shape[0] <= 64:
+                # Hopper adds up products of e4m3 in 14 bits: not for long where that costs nothing.
+                total = tl.dot(weight, tl.trans(value), total, max_num_imprecise_acc=DEPTH // 2)
             else:
                 total = tl.dot(weight, tl.trans(value), total, input_precision=PRECISION)
         if GROUP:
