@@ -357,8 +357,12 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
     launch(_route, grid, x_TH if fused else h_TH, norm_H, router_FH, h_TH, logits, T,
            H=H, F=E + 1, STRIDE=logits.shape[2], PRECISION=EXACT, **route)  # fmt: skip
 
-    up = _tiled("moe.grouped_up", x_TH, dtype, H, H=H, I=I, T=T)
-    down = _tiled("moe.grouped_down", x_TH, dtype, I, H=H, I=I, T=T)
+    up, down = (
+        _tiled(f"quantized.grouped_{name}", x_TH, dtype, width, H=H, I=I, T=T, bits=w.scheme.bits)
+        if isinstance(w, Quantized)
+        else _tiled(f"moe.grouped_{name}", x_TH, dtype, width, H=H, I=I, T=T)
+        for name, w, width in (("up", gate_up_EJH, H), ("down", down_EHI, I))
+    )
     slots, tile, few = up.pop("SLOTS", E), up["TOKENS"], T <= FEW
     most = (pairs + min(E, pairs) * (tile - 1)) // tile
     lanes, parts = lanes_of(E)

@@ -582,11 +582,12 @@ def quantized(
     if M == 1 and K * w.scheme.bits % 32 == 0:
         found = parameters("quantized.one", x_MK, **key)
         rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, triton.next_power_of_2(K)))
+        prefetch = found.pop("prefetch") if "dependent_launch" in target.features else found.pop("prefetch") * 0
         launch(
             _one, (triton.cdiv(N, rows),), values, w.scales, x_MK, x_MK if norm_K is None else norm_K, residual, y_MN,
             eps, NORM=norm_K is not None, LARGEST=most, NATIVE=native(target), ROWS=rows,
             COLUMNS=columns, THREADS=32 * found["num_warps"],
-            PREFETCH=found.pop("prefetch") if "dependent_launch" in target.features else 0, **shared, **found,
+            PREFETCH=prefetch, **shared, **found,
         )  # fmt: skip
         return
     found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
