@@ -223,8 +223,8 @@ def moe(
     shared_down_HS: Weights,
     k: int,
 ) -> torch.Tensor:
-    """y_TH float32, as x_TH. All tensors contiguous. One token has a form of its own where all matrices but the router's
-    are stored alike. Raises ValueError for routed experts of several row blocks."""
+    """y_TH float32, as x_TH. All tensors contiguous. One token has a form of its own where all but the router's
+    matrices are stored alike. Raises ValueError for routed experts of several row blocks."""
     stored: tuple[Any, ...] = gate_up_EJH, down_EHI, shared_gate_up_SH, shared_down_HS
     if any(len(row_blocks(w)) > 1 for w in stored[:2]):
         raise ValueError("routed experts are stored in one scheme for gate and up, and in one for down")

@@ -238,8 +238,8 @@ def _grouped(x, w, w_scales, shared, shared_scales, y, scales, order, tiles, T, 
              ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr, SWAP: tl.constexpr,
              STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """TOKENS pairs of one expert by ROWS of its N rows of D weights. UP: rows of h by token to silu(gate) · up by pair;
-    else (down) rows by pair to rows by pair. SWAP: the weights are the left factor. EACH elements and EACH_SCALES scales
-    are an expert's; KIND: none, or how the weights are stored."""
+    else (down) rows by pair to rows by pair. SWAP: the weights are the left factor. An expert has EACH elements and
+    EACH_SCALES scales; KIND: none, or how the weights are stored."""
     blocks: tl.constexpr = (N + ROWS - 1) // ROWS
     tile = tl.program_id(0) // blocks
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -270,7 +270,8 @@ def _grouped(x, w, w_scales, shared, shared_scales, y, scales, order, tiles, T, 
 def _grouped_few(x, w, w_scales, shared, shared_scales, y, scales, experts, chosen, T, slots, first_slot, PAIRS,
                  K: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr, FEW: tl.constexpr, N: tl.constexpr,
                  D: tl.constexpr, EACH: tl.constexpr, EACH_SCALES: tl.constexpr, KIND: tl.constexpr,
-                 GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
+                 GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
                  SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """As `_grouped`, with the tokens of one chosen expert after the other, `slots` apart; 0 is the shared expert. FEW:
     T or more."""

@@ -46,8 +46,8 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
         rows = s < S
         base = tl.program_id(0).to(tl.int64) * 0
         at, scale_at, tile, scale = _first(shared, scales, base, s, rows, H, 2 * S, COLUMNS, KIND, GROUP, SHARING, EVEN)
-        up_at, up_scale_at, up_tile, up_scale = _first(shared, scales, base, S + s, rows, H, 2 * S, COLUMNS, KIND, GROUP,
-                                                       SHARING, EVEN)  # fmt: skip
+        up_at, up_scale_at, up_tile, up_scale = _first(shared, scales, base, S + s, rows, H, 2 * S, COLUMNS, KIND,
+                                                       GROUP, SHARING, EVEN)  # fmt: skip
         wait_for_inputs(pdl)
         top = largest(x, norm, H, True) if LARGEST > 0 else 1.0
         a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
@@ -140,14 +140,14 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
         top_shared = largest(inner_shared, inner_shared, S, False)
     total = tl.zeros((ROWS,), tl.float32)
     for j in tl.static_range(K):
-        at, scale_at, tile, scale = tiles[j]
+        at, scale_at, tile, scale = tiles[j]  # type: ignore[var-annotated]
         top = tl.sum(tl.where(rank == j, tops, 0.0), axis=0)
-        out, _, _ = rows_by_token(tile, tile, scale, scale, at, at, scale_at, scale_at, top, inner + j * I, inner, rows, I,
-                                  BLOCK, KIND, GROUP, LARGEST, NATIVE, FULL, False, False)  # fmt: skip
+        out, _, _ = rows_by_token(tile, tile, scale, scale, at, at, scale_at, scale_at, top, inner + j * I, inner, rows,
+                                  I, BLOCK, KIND, GROUP, LARGEST, NATIVE, FULL, False, False)  # fmt: skip
         total += out
     at, scale_at, tile, scale = of_shared
-    out, _, _ = rows_by_token(tile, tile, scale, scale, at, at, scale_at, scale_at, top_shared, inner_shared, inner_shared,
-                              rows, S, BLOCK_S, KIND, GROUP_S, LARGEST, NATIVE, FULL, False, False)  # fmt: skip
+    out, _, _ = rows_by_token(tile, tile, scale, scale, at, at, scale_at, scale_at, top_shared, inner_shared,
+                              inner_shared, rows, S, BLOCK_S, KIND, GROUP_S, LARGEST, NATIVE, FULL, False, False)  # fmt: skip
     release_next(pdl)
     tl.store(y + row, residual + total + out / (1.0 + tl.exp(-gate)), mask=rows)
 
@@ -161,14 +161,15 @@ def serves(weights: tuple[Any, ...]) -> bool:
 
 
 def one(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.Tensor, gate_up_EJH: Quantized,
-        down_EHI: Quantized, shared_gate_up_SH: Quantized, shared_down_HS: Quantized, k: int) -> torch.Tensor:  # fmt: skip
+        down_EHI: Quantized, shared_gate_up_SH: Quantized, shared_down_HS: Quantized, k: int
+        ) -> torch.Tensor:  # fmt: skip
     (E, H, I), S = down_EHI.shape, shared_down_HS.shape[1]
     lanes, parts = lanes_of(E)
     logits = x_TH.new_empty(logits_stride(E))
     inner, inner_shared = x_TH.new_empty(k, I, dtype=down_EHI.dtype), x_TH.new_empty(S, dtype=down_EHI.dtype)
     y_TH = torch.empty_like(x_TH)
     bits = down_EHI.scheme.bits
-    how = {"LARGEST": largest_of(down_EHI), "NATIVE": native(target_of(x_TH))}
+    how: dict[str, Any] = {"LARGEST": largest_of(down_EHI), "NATIVE": native(target_of(x_TH))}
 
     route = parameters("quantized.route1", x_TH, H=H, bits=bits)
     _narrowed(route, H)
@@ -183,8 +184,8 @@ def one(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.T
            COPIES=up["num_warps"], **form(gate_up_EJH), **how, **choice, **up)  # fmt: skip
 
     down = parameters("quantized.down1", x_TH, H=H, I=I, bits=bits)
-    launch(_down_one, (triton.cdiv(H, down["ROWS"]),), x_TH, logits, *_stored(down_EHI), *_stored(shared_down_HS), inner,
-           inner_shared, y_TH, S=S, RANKS=triton.next_power_of_2(k), BLOCK=max(64, triton.next_power_of_2(I)),
+    launch(_down_one, (triton.cdiv(H, down["ROWS"]),), x_TH, logits, *_stored(down_EHI), *_stored(shared_down_HS),
+           inner, inner_shared, y_TH, S=S, RANKS=triton.next_power_of_2(k), BLOCK=max(64, triton.next_power_of_2(I)),
            BLOCK_S=max(64, triton.next_power_of_2(S)), GROUP_S=form(shared_down_HS)["GROUP"], COPIES=down["num_warps"],
            EARLY=up["pdl"] == 1 and down["pdl"] > 0, **form(down_EHI), **how, **choice, **down)  # fmt: skip
     return y_TH

@@ -9,7 +9,8 @@ with its even columns first where two of a weight share a byte, so that both nib
 `KIND`: int8, e4m3, int4, e2m1. `ROUND`: x is rounded to 8 bits of that kind too. Products of int8 are summed as
 integers, so all forms give the same bits for the same rounded x.
 
-Shapes: M tokens, N results of a token, K inputs, G = K / GROUP scales of a row; a gated weight has 2 N rows, gate first.
+Shapes: M tokens, N results of a token, K inputs, G = K / GROUP scales of a row; a gated weight has 2 N rows, gate
+first.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def _byte(word):
 
 @triton.jit
 def _nibbles(word, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `_places` says: the bits of a float32
-    from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice the number (NATIVE: + 12)."""
+    """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `_places` says: the bits of a
+    float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice the number (NATIVE: + 12)."""
     values = ()
     if KIND == "int4":
         for j in tl.static_range(8):
@@ -168,7 +169,7 @@ def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.conste
         added = tl.sum(value + high, axis=1) * ((8.0 if KIND == "int4" else 12.0) * 2.0**-69)
         low = _split4(value * _places(j, KIND, NATIVE)[None, :])
         high = _split4(high * _places(4 + j, KIND, NATIVE)[None, :])
-        out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])
+        out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])  # type: ignore[assignment]
     return out, squares, added
 
 
@@ -187,7 +188,7 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
         mine += (_split4(tl.reshape(factors[j], [FOUR, 4])),)  # type: ignore[assignment]
     for i in tl.static_range(4):
         if KIND == "int8":
-            x = mine[0][i][None, :]
+            x = mine[0][i][None, :]  # type: ignore[misc]
             if NATIVE:
                 total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [four[i], x, total],
                                                   dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
@@ -197,7 +198,7 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
         else:
             values = _e4m3(four[i], NATIVE) if KIND == "e4m3" else _nibbles(four[i], KIND, NATIVE)
             for j in tl.static_range(len(factors)):
-                total += values[j] * mine[j][i][None, :]
+                total += values[j] * mine[j][i][None, :]  # type: ignore[misc]
     if KIND == "int4" or (KIND == "e2m1" and NATIVE):
         total -= tl.sum(tl.reshape(added, [FOUR, 4]), axis=1)[None, :]
     return total
@@ -209,8 +210,7 @@ def _factor(scale):
     if scale.dtype == tl.uint8:
         bits = scale.to(tl.int32)
         return tl.where(bits == 0, 0x00400000, bits << 23).to(tl.float32, bitcast=True)
-    else:
-        return scale.to(tl.float32)
+    return scale.to(tl.float32)
 
 
 @triton.jit
@@ -243,10 +243,10 @@ def row_scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.cons
 @triton.jit
 def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr):
     """max |x (1 + n)| over the columns of a token."""
-    BLOCK: tl.constexpr = 4096 if K > 2048 else 2048 if K > 1024 else 1024
+    BLOCK: tl.constexpr = 4096 if K > 2048 and not NORM else 2048 if K > 1024 else 1024
     c = tl.arange(0, BLOCK)
     top = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(0, K, BLOCK):
+    for k in tl.range(0, K, BLOCK):
         value = tl.load(x + k + c, mask=k + c < K, other=0.0).to(tl.float32)
         if NORM:
             value += value * tl.load(norm + k + c, mask=k + c < K, other=0.0)
@@ -341,8 +341,8 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
     if RESIDUAL:
         before = tl.load(residual + n, mask=rows, other=0.0).to(tl.float32)
     top = largest(x, norm, K, NORM) if LARGEST > 0 else 1.0
-    out, up, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
-                                     K, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
+    out, up, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
+                                     rows, K, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
     release_next(pdl)
     scale = 1.0
     if NORM:
