@@ -147,7 +147,8 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
         total += out
     at, scale_at, tile, scale = of_shared
     out, _, _ = rows_by_token(tile, tile, scale, scale, at, at, scale_at, scale_at, top_shared, inner_shared,
-                              inner_shared, rows, S, BLOCK_S, KIND, GROUP_S, LARGEST, NATIVE, FULL, False, False)  # fmt: skip
+                              inner_shared, rows, S, BLOCK_S, KIND, GROUP_S, LARGEST, NATIVE, FULL, False, False
+                              )  # fmt: skip
     release_next(pdl)
     tl.store(y + row, residual + total + out / (1.0 + tl.exp(-gate)), mask=rows)
 

@@ -90,7 +90,8 @@ def _byte(word):
 @triton.jit
 def _nibbles(word, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `_places` says: the bits of a
-    float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice the number (NATIVE: + 12)."""
+    float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice
+    the number (NATIVE: + 12)."""
     values = ()
     if KIND == "int4":
         for j in tl.static_range(8):
