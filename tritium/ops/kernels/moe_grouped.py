@@ -256,7 +256,7 @@ def _grouped(x, w, w_scales, shared, shared_scales, y, scales, order, tiles, T, 
         place = tl.minimum(place, end - 1)
         pair = tl.where(of_shared, place, tl.load(order + place, mask=place < PAIRS, other=0))
         x_row = tl.where(of_shared, place - PAIRS, pair // K) if UP else pair
-        if KIND:
+        if KIND != "":
             w_scales = tl.where(of_shared, shared_scales, w_scales + expert.to(tl.int64) * EACH_SCALES)
             _quantized(x, base, w_scales, y, scales, x_row, pair, real, row, N, D, ROWS, BLOCK, UP, KIND, GROUP,
                        SHARING, ROUND, STAGES, PRECISION, pdl)  # fmt: skip
@@ -300,7 +300,7 @@ def _grouped_few(x, w, w_scales, shared, shared_scales, y, scales, experts, chos
             same = at[:, None] == place[None, :]
             y_row = tl.sum(tl.where(same, pair[None, :], 0), axis=1)
             x_row = tl.sum(tl.where(same, token[None, :], 0), axis=1) if UP else y_row
-            if KIND:
+            if KIND != "":
                 _quantized(x, base, at_scales, y, scales, x_row, y_row, at <= count, row, N, D, ROWS, BLOCK, UP, KIND,
                            GROUP, SHARING, ROUND, STAGES, PRECISION, pdl)  # fmt: skip
             else:
