@@ -10,6 +10,8 @@ Shapes: M tokens, N results of a token, K inputs; a gated weight has 2 N rows, g
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, target_of, wait_for_inputs
 from tritium.ops.kernels.mlp import silu, silu_mul
 from tritium.ops.kernels.norm import rms_norm
+from tritium.ops.quantized import Quantized, Weight, Weights
 
 FEW = 64
 """The most tokens that are still bound by the weight's bytes."""
@@ -239,7 +242,7 @@ def _add(residual, product, y, size, BLOCK: tl.constexpr, pdl: tl.constexpr):
 def linear(
     *,
     x_MK: torch.Tensor,
-    w_JK: torch.Tensor,
+    w_JK: Weights,
     norm_K: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -248,9 +251,15 @@ def linear(
 ) -> torch.Tensor:
     """y_MN in `dtype`, else in the residual's, else in w's; up to FEW rows are rounded once, to it. All but x (strided
     rows) are contiguous."""
+    if isinstance(w_JK, tuple) and not isinstance(w_JK, Quantized):
+        return _blocks(x_MK, w_JK, norm_K, eps, gated, residual_MN, dtype)
     M, K = x_MK.shape
     N = w_JK.shape[0] // (1 + gated)
     dtype = dtype or (w_JK if residual_MN is None else residual_MN).dtype
+    if isinstance(w_JK, Quantized):
+        y_MN = torch.empty((M, N), dtype=dtype, device=x_MK.device)
+        _quantized(x_MK, w_JK, norm_K, eps, gated, residual_MN, y_MN)
+        return y_MN
     if M > FEW:
         return _many(x_MK, w_JK, norm_K, eps, gated, residual_MN).to(dtype)
     y_MN = torch.empty((M, N), dtype=dtype, device=w_JK.device)
@@ -282,6 +291,41 @@ def linear(
         **sizes, **found,
     )  # fmt: skip
     return y_MN
+
+
+def _quantized(*arguments: Any) -> None:
+    from tritium.ops.kernels.quantized import quantized
+
+    quantized(*arguments)
+
+
+def _blocks(
+    x_MK: torch.Tensor,
+    blocks: tuple[Weight, ...],
+    norm_K: torch.Tensor | None,
+    eps: float,
+    gated: bool,
+    residual_MN: torch.Tensor | None,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """Row blocks, each with a launch of its own that writes its columns. A gate, whose halves lie in different blocks,
+    and a residual come after."""
+    wanted = dtype or (blocks[0] if residual_MN is None else residual_MN).dtype
+    apart = gated or residual_MN is not None
+    p_MJ = x_MK.new_empty(len(x_MK), sum(len(b.values if isinstance(b, Quantized) else b) for b in blocks),
+                          dtype=blocks[0].dtype if apart else wanted)  # fmt: skip
+    at = 0
+    for block in blocks:
+        columns_MN = p_MJ[:, at : at + block.shape[0]]
+        if isinstance(block, Quantized):
+            _quantized(x_MK, block, norm_K, eps, False, None, columns_MN)
+        else:
+            columns_MN.copy_(linear(x_MK=x_MK, w_JK=block, norm_K=norm_K, eps=eps, dtype=p_MJ.dtype))
+        at += block.shape[0]
+    y_MN = silu_mul(x_TJ=p_MJ) if gated else p_MJ
+    if residual_MN is not None:
+        y_MN = residual_MN + y_MN
+    return y_MN.to(wanted)
 
 
 def _normalised(x_MK: torch.Tensor, w_JK: torch.Tensor, norm_K: torch.Tensor | None, eps: float) -> torch.Tensor:

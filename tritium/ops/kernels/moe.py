@@ -9,6 +9,8 @@ experts, then the shared expert's gate, padded so that rows are aligned.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ import triton.language as tl
 from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
 from tritium.ops.kernels.linear import by_eights
 from tritium.ops.kernels.mlp import silu
+from tritium.ops.quantized import Weights, row_blocks
 
 LOWEST = tl.constexpr(-(2**31))
 """Below the key of every expert."""
@@ -214,16 +217,25 @@ def moe(
     norm_H: torch.Tensor,
     eps: float,
     router_FH: torch.Tensor,
-    gate_up_EJH: torch.Tensor,
-    down_EHI: torch.Tensor,
-    shared_gate_up_SH: torch.Tensor,
-    shared_down_HS: torch.Tensor,
+    gate_up_EJH: Weights,
+    down_EHI: Weights,
+    shared_gate_up_SH: Weights,
+    shared_down_HS: Weights,
     k: int,
 ) -> torch.Tensor:
-    """y_TH float32, as x_TH. All tensors contiguous."""
-    weights = norm_H, eps, router_FH, gate_up_EJH, down_EHI, shared_gate_up_SH, shared_down_HS, k
+    """y_TH float32, as x_TH. All tensors contiguous. One token has a form of its own where all but the router's
+    matrices are stored alike. Raises ValueError for routed experts of several row blocks."""
+    stored: tuple[Any, ...] = gate_up_EJH, down_EHI, shared_gate_up_SH, shared_down_HS
+    if any(len(row_blocks(w)) > 1 for w in stored[:2]):
+        raise ValueError("routed experts are stored in one scheme for gate and up, and in one for down")
+    weights: Any = norm_H, eps, router_FH, *stored, k
     if len(x_TH) == 1:
-        return _one(x_TH, *weights)
+        from tritium.ops.kernels import moe_quantized
+
+        if all(isinstance(w, torch.Tensor) for w in stored):
+            return _one(x_TH, *weights)
+        if moe_quantized.serves(stored):
+            return moe_quantized.one(x_TH, *weights)
     from tritium.ops.kernels.moe_grouped import grouped
 
     return grouped(x_TH, *weights)

@@ -29,7 +29,9 @@ from tritium.ops.kernels.launch import EXACT, bucket, launch, parameters, releas
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import LOWEST, keys, lanes_of, logits_stride, next_expert
 from tritium.ops.kernels.norm import rms_norm
+from tritium.ops.kernels.quantized import depth_of, form, largest_of, prepare, tile_product
 from tritium.ops.linear import linear
+from tritium.ops.quantized import Quantized, Weight, Weights, row_blocks
 
 FEW = 64
 """Tokens whose choices each program looks through."""
@@ -205,13 +207,39 @@ def _product(x, base, y, scales, x_row, y_row, real, row, N: tl.constexpr, D: tl
     tl.store(y_at, total.to(y.dtype.element_ty), mask=real & (row < N)[None, :])
 
 
+@triton.jit
+def _quantized(x, base, w_scales, y, scales, x_row, y_row, real, row, N: tl.constexpr, D: tl.constexpr,
+               ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+               SHARING: tl.constexpr, ROUND: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+               pdl: tl.constexpr):  # fmt: skip
+    """As `_product`, with weights in fewer bits; `scales`: of x's rows where it is rounded."""
+    TOKENS: tl.constexpr = x_row.shape[0]
+    if UP:
+        r = tl.arange(0, 2 * ROWS)
+        w_row = tl.minimum(tl.min(row, axis=0) + r % ROWS, N - 1) + r // ROWS * N
+    else:
+        w_row = tl.minimum(row, N - 1)
+    total = tile_product(base, w_scales, x, w_row, w_row >= 0, tl.where(real, x_row, 0), D, BLOCK, KIND, GROUP, SHARING,
+                         ROUND, True, PRECISION, STAGES)  # fmt: skip
+    release_next(pdl)
+    if ROUND:
+        total *= tl.load(scales + x_row, mask=real, other=0.0)[None, :]
+    if UP:
+        gate, up = tl.split(tl.permute(tl.reshape(total, [2, ROWS, TOKENS]), [1, 2, 0]))
+        total = silu(gate) * up
+    y_at = y + y_row.to(tl.int64)[None, :] * N + row[:, None]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=real[None, :] & (row < N)[:, None])
+
+
 @triton.jit(do_not_specialize=["T", "shared_tiles", "PAIRS"])
-def _grouped(x, w, shared, y, scales, order, tiles, T, shared_tiles, PAIRS, K: tl.constexpr, N: tl.constexpr,
-             D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr,
-             SCALED: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-             pdl: tl.constexpr):  # fmt: skip
+def _grouped(x, w, w_scales, shared, shared_scales, y, scales, order, tiles, T, shared_tiles, PAIRS, K: tl.constexpr,
+             N: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, EACH_SCALES: tl.constexpr, KIND: tl.constexpr,
+             GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
+             ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr, SWAP: tl.constexpr,
+             STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """TOKENS pairs of one expert by ROWS of its N rows of D weights. UP: rows of h by token to silu(gate) · up by pair;
-    else (down) rows by pair to rows by pair. SWAP: the weights are the left factor."""
+    else (down) rows by pair to rows by pair. SWAP: the weights are the left factor. An expert has EACH elements and
+    EACH_SCALES scales; KIND: none, or how the weights are stored."""
     blocks: tl.constexpr = (N + ROWS - 1) // ROWS
     tile = tl.program_id(0) // blocks
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -222,21 +250,28 @@ def _grouped(x, w, shared, y, scales, order, tiles, T, shared_tiles, PAIRS, K: t
     if tile < number + shared_tiles:
         first = tl.where(of_shared, PAIRS + tile * TOKENS, first)
         end = tl.where(of_shared, PAIRS + T, end)
-        base = tl.where(of_shared, shared, w + expert.to(tl.int64) * ((1 + UP) * N * D))
+        base = tl.where(of_shared, shared, w + expert.to(tl.int64) * EACH)
         place = first + tl.arange(0, TOKENS)
         real = place < end
         place = tl.minimum(place, end - 1)
         pair = tl.where(of_shared, place, tl.load(order + place, mask=place < PAIRS, other=0))
         x_row = tl.where(of_shared, place - PAIRS, pair // K) if UP else pair
-        _product(x, base, y, scales, x_row, pair, real, row, N, D, TOKENS, ROWS, BLOCK, UP, SCALED, SWAP, STAGES,
-                 PRECISION, pdl)  # fmt: skip
+        if KIND != "":
+            w_scales = tl.where(of_shared, shared_scales, w_scales + expert.to(tl.int64) * EACH_SCALES)
+            _quantized(x, base, w_scales, y, scales, x_row, pair, real, row, N, D, ROWS, BLOCK, UP, KIND, GROUP,
+                       SHARING, ROUND, STAGES, PRECISION, pdl)  # fmt: skip
+        else:
+            _product(x, base, y, scales, x_row, pair, real, row, N, D, TOKENS, ROWS, BLOCK, UP, SCALED, SWAP, STAGES,
+                     PRECISION, pdl)  # fmt: skip
     release_next(pdl)
 
 
 @triton.jit(do_not_specialize=["T", "slots", "first_slot", "PAIRS"])
-def _grouped_few(x, w, shared, y, scales, experts, chosen, T, slots, first_slot, PAIRS, K: tl.constexpr,
-                 RANKS: tl.constexpr, WORDS: tl.constexpr, FEW: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-                 TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
+def _grouped_few(x, w, w_scales, shared, shared_scales, y, scales, experts, chosen, T, slots, first_slot, PAIRS,
+                 K: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr, FEW: tl.constexpr, N: tl.constexpr,
+                 D: tl.constexpr, EACH: tl.constexpr, EACH_SCALES: tl.constexpr, KIND: tl.constexpr,
+                 GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
                  SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """As `_grouped`, with the tokens of one chosen expert after the other, `slots` apart; 0 is the shared expert. FEW:
     T or more."""
@@ -253,11 +288,11 @@ def _grouped_few(x, w, shared, y, scales, experts, chosen, T, slots, first_slot,
     slot = tl.cumsum(is_chosen, axis=0) * is_chosen
     for mine in range(first_slot + tl.program_id(0) // blocks, tl.max(slot, axis=0) + 1, slots):
         e = tl.sum(tl.where(slot == mine, expert, 0), axis=0)
-        here, base = who == e, w + e.to(tl.int64) * ((1 + UP) * N * D)
+        here, base, at_scales = who == e, w + e.to(tl.int64) * EACH, w_scales + e.to(tl.int64) * EACH_SCALES
         pair = token * K + tl.sum(tl.where(here, rank, 0), axis=1)
         has = tl.max(here.to(tl.int32), axis=1)
         if mine == 0:
-            base, pair, has = shared, PAIRS + token, (token < T).to(tl.int32)
+            base, at_scales, pair, has = shared, shared_scales, PAIRS + token, (token < T).to(tl.int32)
         place = tl.cumsum(has, axis=0) * has
         count = tl.sum(has, axis=0)
         for first in range(1, 2 if FEW <= TOKENS else count + 1, TOKENS):
@@ -265,8 +300,12 @@ def _grouped_few(x, w, shared, y, scales, experts, chosen, T, slots, first_slot,
             same = at[:, None] == place[None, :]
             y_row = tl.sum(tl.where(same, pair[None, :], 0), axis=1)
             x_row = tl.sum(tl.where(same, token[None, :], 0), axis=1) if UP else y_row
-            _product(x, base, y, scales, x_row, y_row, at <= count, row, N, D, TOKENS, ROWS, BLOCK, UP, SCALED, SWAP,
-                     STAGES, PRECISION, pdl)  # fmt: skip
+            if KIND != "":
+                _quantized(x, base, at_scales, y, scales, x_row, y_row, at <= count, row, N, D, ROWS, BLOCK, UP, KIND,
+                           GROUP, SHARING, ROUND, STAGES, PRECISION, pdl)  # fmt: skip
+            else:
+                _product(x, base, y, scales, x_row, y_row, at <= count, row, N, D, TOKENS, ROWS, BLOCK, UP, SCALED,
+                         SWAP, STAGES, PRECISION, pdl)  # fmt: skip
     release_next(pdl)
 
 
@@ -293,25 +332,38 @@ def _combine(x, weights, routed, shared, y, H: tl.constexpr, K: tl.constexpr, BL
     tl.store(y + token * H + column, value + total, mask=inside)
 
 
-def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.Tensor, gate_up_EJH: torch.Tensor,
-            down_EHI: torch.Tensor, shared_gate_up_SH: torch.Tensor, shared_down_HS: torch.Tensor, k: int
-            ) -> torch.Tensor:  # fmt: skip
-    (T, H), (E, _, I), S = x_TH.shape, down_EHI.shape, shared_down_HS.shape[1]
+def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.Tensor, gate_up_EJH: Weight,
+            down_EHI: Weight, shared_gate_up_SH: Weights, shared_down_HS: Weights, k: int) -> torch.Tensor:  # fmt: skip
+    (T, H), (E, _, I) = x_TH.shape, down_EHI.shape
     pairs, dtype, device, like = T * k, down_EHI.dtype, x_TH.device, bucket(T)
-    together = S == I
+    together = row_blocks(shared_down_HS)[0].shape[1] == I and all(
+        getattr(routed, "scheme", None) == getattr(shared, "scheme", None) and len(row_blocks(shared)) == 1
+        for routed, shared in ((gate_up_EJH, shared_gate_up_SH), (down_EHI, shared_down_HS))
+    )
+    plain = not isinstance(gate_up_EJH, Quantized)
 
     route = _tiled("moe.route", x_TH, dtype, H, T=like)
     # float16 has no room for values that are not normalised yet.
-    fused = route["FUSED"] = bool(route["FUSED"] and together and dtype != torch.float16)
+    fused = route["FUSED"] = bool(route["FUSED"] and together and plain and dtype != torch.float16)
     steps = triton.cdiv(H, route["BLOCK"]) if fused else 1
     logits = x_TH.new_empty(steps, T, logits_stride(E))
-    h_TH = torch.empty_like(x_TH, dtype=dtype) if fused else rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=dtype)
+    h_TH = torch.empty_like(x_TH, dtype=dtype)
+    given: tuple[torch.Tensor, torch.Tensor | None] = h_TH, None
+    if isinstance(gate_up_EJH, Quantized):
+        given = prepare(x_TH, gate_up_EJH, norm_H, eps, h_TH)
+    elif not fused:
+        h_TH = rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=dtype)
+        given = h_TH, None
     grid: tuple[int, ...] = (triton.cdiv(E + 1, route["ROWS"]), triton.cdiv(T, route["TOKENS"]), steps)
     launch(_route, grid, x_TH if fused else h_TH, norm_H, router_FH, h_TH, logits, T,
            H=H, F=E + 1, STRIDE=logits.shape[2], PRECISION=EXACT, **route)  # fmt: skip
 
-    up = _tiled("moe.grouped_up", x_TH, dtype, H, H=H, I=I, T=like)
-    down = _tiled("moe.grouped_down", x_TH, dtype, I, H=H, I=I, T=like)
+    up, down = (
+        _tiled(f"quantized.grouped_{name}", x_TH, dtype, width, H=H, I=I, T=like, bits=w.scheme.bits)
+        if isinstance(w, Quantized)
+        else _tiled(f"moe.grouped_{name}", x_TH, dtype, width, H=H, I=I, T=like)
+        for name, w, width in (("up", gate_up_EJH, H), ("down", down_EHI, I))
+    )
     slots, tile, few = up.pop("SLOTS", E), up["TOKENS"], T <= FEW
     most = (pairs + min(E, pairs) * (tile - 1)) // tile
     lanes, parts = lanes_of(E)
@@ -332,20 +384,33 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
 
     rows = pairs + (T if together else 0)
     inner, out = h_TH.new_empty(rows, I), h_TH.new_empty(rows, H)
-    for x, w, shared, y, n, options in (
-        (h_TH, gate_up_EJH, shared_gate_up_SH, inner, I, up),
-        (inner, down_EHI, shared_down_HS, out, H, {**down, "TOKENS": tile}),
+    for is_up, w, shared, y, options in (
+        (True, gate_up_EJH, shared_gate_up_SH, inner, up),
+        (False, down_EHI, shared_down_HS, out, {**down, "TOKENS": tile}),
     ):
-        options = {**options, "K": k, "N": n, "D": x.shape[1], "UP": x is h_TH, "SCALED": fused, "PRECISION": EXACT}
+        n, d = y.shape[1], w.shape[2]
+        options = {**options, "K": k, "N": n, "D": d, "UP": is_up, "SCALED": fused and is_up, "PRECISION": EXACT}
+        if isinstance(w, Quantized):
+            if not is_up:
+                given = prepare(inner, w, None, eps)
+            stored = w.values.view(torch.uint8), w.scales
+            of_shared: Any = (shared.values.view(torch.uint8), shared.scales) if together else stored  # type: ignore[union-attr]
+            options |= {**form(w), "ROUND": largest_of(w) > 0, "BLOCK": depth_of(w, options["BLOCK"])}
+        else:
+            given = given if is_up else (inner, None)
+            stored, of_shared = (w, w), (shared, shared) if together else (w, w)
+            options |= {"KIND": "", "GROUP": 0, "SHARING": 1, "ROUND": False}
+        options |= {"EACH": stored[0][0].numel(), "EACH_SCALES": stored[1][0].numel()}
+        x, x_scales = given[0], scales if given[1] is None else given[1]
         programs = triton.cdiv(n, options["ROWS"])
         if few:
             groups = min(E, pairs, slots) + together
-            launch(_grouped_few, (groups * programs,), x, w, shared, y, scales, experts, chosen, T, groups,
+            launch(_grouped_few, (groups * programs,), x, *stored, *of_shared, y, x_scales, experts, chosen, T, groups,
                    1 - together, pairs, RANKS=ranks, WORDS=lanes * parts // 32, FEW=triton.next_power_of_2(T),
                    **options)  # fmt: skip
         else:
             shared_tiles = triton.cdiv(T, tile) if together else 0
-            launch(_grouped, ((shared_tiles + most) * programs,), x, w, shared, y, scales, order, tiles, T,
+            launch(_grouped, ((shared_tiles + most) * programs,), x, *stored, *of_shared, y, x_scales, order, tiles, T,
                    shared_tiles, pairs, **options)  # fmt: skip
     if together:
         out_shared = out[pairs:]

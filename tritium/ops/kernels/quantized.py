@@ -1,0 +1,616 @@
+"""Products with a weight of fewer bits: one token, and tiles of tokens. See `tritium.ops.quantized`.
+
+One token: vector units, as in `linear`; rows of the weight are words of 32 bits, unpacked in registers. Each program
+rounds x for itself: it finds max |x (1 + n)| while its first words are on their way; the rsqrt of a norm meets the
+result alone. Several tokens: one launch normalises and rounds x, and the product runs on the matrix units, the weight's
+rows as the M side; int8 and e4m3 as they are, others as numbers of the compute dtype made in registers. Their x comes
+with its even columns first where two of a weight share a byte, so that both nibbles of a tile are factors as they lie.
+
+`KIND`: int8, e4m3, int4, e2m1. `ROUND`: x is rounded to 8 bits of that kind too. Products of int8 are summed as
+integers, so all forms give the same bits for the same rounded x.
+
+Shapes: M tokens, N results of a token, K inputs, G = K / GROUP scales of a row; a gated weight has 2 N rows, gate
+first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tritium.hw import Target
+from tritium.ops.kernels.launch import EXACT, launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.linear import FEW, _fitting, _prefetch
+from tritium.ops.kernels.mlp import silu
+from tritium.ops.kernels.norm import rms_norm
+from tritium.ops.quantized import LARGEST, Quantized
+
+_KINDS = {"int8": "int8", "fp8": "e4m3", "fp8-block": "e4m3", "int4": "int4", "mxfp4": "e2m1"}
+LEAST = tl.constexpr(1e-30)
+"""Stands in for the largest magnitude of a token of zeros."""
+
+
+@triton.jit
+def _split4(x):
+    """[.., 4] as four [..]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _e4m3_bits(value):
+    """float32 of at most 448 to the nearest e4m3, ties to even, as an int32 below 256."""
+    bits = value.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
+    # Below 2^-6 there are multiples of 2^-9, which is what float32 resolves from 2^14 on.
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 15
+    return tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 128)
+
+
+@triton.jit
+def _rounded(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """float32 of at most the kind's largest number, rounded: int32 of which the low 8 bits count."""
+    if KIND == "int8":
+        # A number of this size resolves ones, to the nearest even, in its lowest bits.
+        bits = (value + 12582912.0).to(tl.int32, bitcast=True) & 255
+    elif NATIVE:
+        bits = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    else:
+        bits = _e4m3_bits(value)
+    return bits
+
+
+@triton.jit
+def _e4m3(word, NATIVE: tl.constexpr):
+    """The four e4m3 of words, lowest first, as float32."""
+    if NATIVE:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{.reg .b16 a, b, c, d, e, f; .reg .b32 p, q;
+            mov.b32 {a, b}, $4; cvt.rn.f16x2.e4m3x2 p, a; cvt.rn.f16x2.e4m3x2 q, b;
+            mov.b32 {c, d}, p; mov.b32 {e, f}, q;
+            cvt.f32.f16 $0, c; cvt.f32.f16 $1, d; cvt.f32.f16 $2, e; cvt.f32.f16 $3, f;}""",
+            "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        a, b, c, d = _byte(word << 24), _byte(word << 16), _byte(word << 8), _byte(word)
+    return a, b, c, d
+
+
+@triton.jit
+def _byte(word):
+    return ((word >> 4) & -0x78100000).to(tl.float32, bitcast=True) * 2.0**120
+
+
+@triton.jit
+def _nibbles(word, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `_places` says: the bits of a
+    float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice
+    the number (NATIVE: + 12)."""
+    values = ()
+    if KIND == "int4":
+        for j in tl.static_range(8):
+            bits = word & (15 << 4 * j) if j < 6 else (word >> 8) & (15 << 4 * (j - 2))
+            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
+    elif NATIVE:
+        # A byte permutation looks up four of eight bytes; bit 3 of an index, the sign, makes it 0.
+        low, high = tl.inline_asm_elementwise(
+            """{.reg .b32 a, b, p, n; mov.b32 a, 0x03020100; mov.b32 b, 0x0C080604;
+            .reg .b32 w, s; xor.b32 s, $2, 0x88888888;
+            prmt.b32 p, a, b, $2; prmt.b32 n, a, b, s; sub.s32 p, p, n; add.s32 $0, p, 0x0C0C0C0C;
+            shr.u32 w, $2, 16; shr.u32 s, s, 16;
+            prmt.b32 p, a, b, w; prmt.b32 n, a, b, s; sub.s32 p, p, n; add.s32 $1, p, 0x0C0C0C0C;}""",
+            "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        for j in tl.static_range(8):
+            four = low if j < 4 else high
+            bits = four >> 24 if j % 4 == 3 else four & (255 << 8 * (j % 4))
+            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
+    else:
+        for j in tl.static_range(8):
+            bits = (word << (28 - 4 * j)) >> 6 & -0x7E400000
+            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
+    return values
+
+
+@triton.jit
+def _places(j, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """2^(80 - p) of number j of a word."""
+    if KIND == "int4":
+        place = 4 * j - tl.where(j < 6, 0, 8)
+    elif NATIVE:
+        place = tl.where(j % 4 == 3, 0, j % 4 * 8)
+    else:
+        place = j * 0 + 22
+    return ((127 + 80 - place) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _four(x, norm, at, factor, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
+    """Four neighbours a thread of x (1 + n) times a factor, and Σ x² by thread."""
+    if EVEN:
+        value = tl.load(x + at).to(tl.float32)
+    else:
+        value = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+    squares = tl.sum(value * value, axis=1)
+    if NORM:
+        if EVEN:
+            value += value * tl.load(norm + at)
+        else:
+            value += value * tl.load(norm + at, mask=at < K, other=0.0)
+    return value * factor, squares
+
+
+@triton.jit
+def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
+           KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Of W words' columns of the token from k on: x (1 + n) as factors of their numbers (rounded int8: as words), Σ x²
+    by word, and what is too much in each word's product as `_nibbles` counts."""
+    PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
+    j = tl.arange(0, 4)
+    at = k + tl.arange(0, W)[:, None] * PER + j[None, :]
+    value, squares = _four(x, norm, at, factor, K, EVEN, NORM)
+    added = squares
+    if ROUND:
+        word = tl.sum(_rounded(value, KIND, NATIVE) << (8 * j)[None, :], axis=1)
+        if KIND == "int8":
+            out = (word,)
+        else:
+            out = _e4m3(word, NATIVE)
+    elif PER == 4:
+        out = _split4(value)
+    else:
+        high, more = _four(x, norm, at + 4, factor, K, EVEN, NORM)
+        squares += more
+        added = tl.sum(value + high, axis=1) * ((8.0 if KIND == "int4" else 12.0) * 2.0**-69)
+        low = _split4(value * _places(j, KIND, NATIVE)[None, :])
+        high = _split4(high * _places(4 + j, KIND, NATIVE)[None, :])
+        out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])  # type: ignore[assignment]
+    return out, squares, added
+
+
+@triton.jit
+def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """[ROWS, W] words by the factors of a token: sums of four words' products, which one thread holds, [ROWS, W / 4];
+    int32 of rounded int8."""
+    FOUR: tl.constexpr = tile.shape[1] // 4
+    even, odd = tl.split(tl.reshape(tile, [tile.shape[0], FOUR, 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    four = (a, b, c, d)
+    total = tl.zeros([tile.shape[0], FOUR], tl.int32 if KIND == "int8" else tl.float32)
+    mine = ()
+    for j in tl.static_range(len(factors)):
+        mine += (_split4(tl.reshape(factors[j], [FOUR, 4])),)  # type: ignore[assignment]
+    for i in tl.static_range(4):
+        if KIND == "int8":
+            x = mine[0][i][None, :]  # type: ignore[misc]
+            if NATIVE:
+                total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [four[i], x, total],
+                                                  dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+            else:
+                for j in tl.static_range(4):
+                    total += ((four[i] << (8 * j)) >> 24) * ((x << (8 * j)) >> 24)
+        else:
+            values = _e4m3(four[i], NATIVE) if KIND == "e4m3" else _nibbles(four[i], KIND, NATIVE)
+            for j in tl.static_range(len(factors)):
+                total += values[j] * mine[j][i][None, :]  # type: ignore[misc]
+    if KIND == "int4" or (KIND == "e2m1" and NATIVE):
+        total -= tl.sum(tl.reshape(added, [FOUR, 4]), axis=1)[None, :]
+    return total
+
+
+@triton.jit
+def _factor(scale):
+    """Stored scales as float32; those of 8 bits are E8M0."""
+    if scale.dtype == tl.uint8:
+        bits = scale.to(tl.int32)
+        return tl.where(bits == 0, 0x00400000, bits << 23).to(tl.float32, bitcast=True)
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def words(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr):
+    """W words of each row from word k on. EVEN: all are there."""
+    if EVEN:
+        out = tl.load(at + k, eviction_policy="evict_first")
+    else:
+        inside = (k + tl.arange(0, W))[None, :] < WIDTH
+        out = tl.load(at + k, mask=rows[:, None] & inside, other=0, eviction_policy="evict_first")
+    return out
+
+
+@triton.jit
+def row_scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr,
+               EVEN: tl.constexpr):  # fmt: skip
+    """A stored scale for four words of each row from word k on; without GROUP that of the row, [ROWS, 1]."""
+    if GROUP:
+        word = k + tl.arange(0, W // 4) * 4
+        if EVEN:
+            out = tl.load(at + word[None, :] // (GROUP // PER))
+        else:
+            inside = rows[:, None] & (word < WIDTH)[None, :]
+            out = tl.load(at + word[None, :] // (GROUP // PER), mask=inside, other=0)
+    else:
+        out = tl.load(at, mask=rows[:, None], other=0.0)
+    return out
+
+
+@triton.jit
+def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr):
+    """max |x (1 + n)| over the columns of a token."""
+    BLOCK: tl.constexpr = 4096 if K > 2048 and not NORM else 2048 if K > 1024 else 1024
+    c = tl.arange(0, BLOCK)
+    top = tl.zeros([BLOCK], tl.float32)
+    for k in tl.range(0, K, BLOCK):
+        value = tl.load(x + k + c, mask=k + c < K, other=0.0).to(tl.float32)
+        if NORM:
+            value += value * tl.load(norm + k + c, mask=k + c < K, other=0.0)
+        top = tl.maximum(top, tl.abs(value))
+    return tl.maximum(tl.max(top), LEAST)
+
+
+@triton.jit
+def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
+                  K: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+                  LARGEST: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr,
+                  NORM: tl.constexpr):  # fmt: skip
+    """Rows of one or TWO blocks of a weight by one token, each [ROWS] (x with its norm's rsqrt left out, whose Σ x² is
+    the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`
+    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded; `rows`: those that exist, FULL: all. The next
+    words are on their way while some are multiplied."""
+    PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
+    W: tl.constexpr = COLUMNS // PER
+    WIDTH: tl.constexpr = K // PER
+    LAST: tl.constexpr = (K - 1) // COLUMNS
+    WHOLE: tl.constexpr = K % COLUMNS == 0
+    EVEN: tl.constexpr = FULL and WHOLE
+    ROUND: tl.constexpr = LARGEST > 0
+    total = tl.zeros([rows.shape[0], W // 4], tl.int32 if KIND == "int8" else tl.float32)
+    up_total = total
+    squares = tl.zeros([W], tl.float32)
+    factor, unit = 1.0, 1.0
+    if ROUND:
+        factor, unit = LARGEST / top, top / LARGEST
+    elif PER == 8:
+        unit = 2.0**69 if KIND == "int4" else 2.0**68
+    for i in tl.range(0, LAST):
+        k = (i + 1) * W
+        next_tile, next_up, next_scale, next_up_scale = words(at, k, rows, WIDTH, W, EVEN), up_tile, scale, up_scale
+        if GROUP:
+            next_scale = row_scales(scale_at, k, rows, WIDTH, W, GROUP, PER, EVEN)
+        if TWO:
+            next_up = words(up_at, k, rows, WIDTH, W, EVEN)
+            if GROUP:
+                next_up_scale = row_scales(up_scale_at, k, rows, WIDTH, W, GROUP, PER, EVEN)
+        factors, more, added = _token(x, norm, i * COLUMNS, factor, K, W, True, NORM, KIND, ROUND, NATIVE)
+        squares += more
+        product = _multiplied(tile, factors, added, KIND, NATIVE)
+        total += product * _factor(scale) if GROUP else product
+        if TWO:
+            product = _multiplied(up_tile, factors, added, KIND, NATIVE)
+            up_total += product * _factor(up_scale) if GROUP else product
+        tile, up_tile, scale, up_scale = next_tile, next_up, next_scale, next_up_scale
+    factors, more, added = _token(x, norm, LAST * COLUMNS, factor, K, W, WHOLE, NORM, KIND, ROUND, NATIVE)
+    product = _multiplied(tile, factors, added, KIND, NATIVE)
+    total += product * _factor(scale) if GROUP else product
+    out = tl.sum(total, axis=1).to(tl.float32) * unit
+    out *= 1.0 if GROUP else tl.sum(scale, axis=1)
+    up_out = out
+    if TWO:
+        product = _multiplied(up_tile, factors, added, KIND, NATIVE)
+        up_total += product * _factor(up_scale) if GROUP else product
+        up_out = tl.sum(up_total, axis=1).to(tl.float32) * unit
+        up_out *= 1.0 if GROUP else tl.sum(up_scale, axis=1)
+    return out, up_out, tl.sum(squares + more)
+
+
+@triton.jit
+def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+         GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
+         ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
+         NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is busy while the
+    largest x is looked for."""
+    PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
+    W: tl.constexpr = COLUMNS // PER
+    WIDTH: tl.constexpr = K // PER
+    G: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
+    FULL: tl.constexpr = N % ROWS == 0
+    EVEN: tl.constexpr = FULL and K % COLUMNS == 0
+    first = tl.program_id(0) * ROWS
+    n = first + tl.arange(0, ROWS)
+    rows = n < N
+    at = w.to(tl.pointer_type(tl.int32)) + (n.to(tl.int64)[:, None] * WIDTH + tl.arange(0, W)[None, :])
+    up_at = at + N * WIDTH
+    scale_at = scales + (n // SHARING)[:, None] * G
+    up_scale_at = scales + ((N + n) // SHARING)[:, None] * G
+    tile = words(at, 0, rows, WIDTH, W, EVEN)
+    up_tile = words(up_at, 0, rows, WIDTH, W, EVEN) if GATED else tile
+    scale = row_scales(scale_at, 0, rows, WIDTH, W, GROUP, PER, EVEN)
+    up_scale = row_scales(up_scale_at, 0, rows, WIDTH, W, GROUP, PER, EVEN) if GATED else scale
+    if PREFETCH > 0:
+        _prefetch(w, first, N, WIDTH * 4, ROWS, W * 4, PREFETCH * W * 4, THREADS)
+        if GATED:
+            _prefetch(w + N * WIDTH * 4, first, N, WIDTH * 4, ROWS, W * 4, PREFETCH * W * 4, THREADS)
+    wait_for_inputs(pdl)
+    if RESIDUAL:
+        before = tl.load(residual + n, mask=rows, other=0.0).to(tl.float32)
+    top = largest(x, norm, K, NORM) if LARGEST > 0 else 1.0
+    out, up, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
+                                     rows, K, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
+    release_next(pdl)
+    scale = 1.0
+    if NORM:
+        scale = 1.0 / tl.sqrt(squares / K + eps)
+        out *= scale
+    if GATED:
+        out = silu(out) * (up * scale)
+    if RESIDUAL:
+        out += before
+    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _prepare(x, norm, q, h, scales, eps, x_stride, K: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr,
+             NATIVE: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, pdl: tl.constexpr
+             ):  # fmt: skip
+    """A token a program: q = x, or norm(x), rounded to 8 bits and its scale; or in q's dtype, even columns first. KEEP:
+    norm(x) in h too."""
+    token = tl.program_id(0).to(tl.int64)
+    wait_for_inputs(pdl)
+    c = tl.arange(0, BLOCK)
+    value = tl.load(x + token * x_stride + c, mask=c < K, other=0.0).to(tl.float32)
+    unit = 1.0
+    if NORM:
+        unit = 1.0 / tl.sqrt(tl.sum(value * value) / K + eps)
+        value += value * tl.load(norm + c, mask=c < K, other=0.0)
+    release_next(pdl)
+    if KEEP:
+        tl.store(h + token * K + c, (value * unit).to(h.dtype.element_ty), mask=c < K)
+    if LARGEST > 0:
+        top = tl.maximum(tl.max(tl.abs(value)), LEAST)
+        tl.store(scales + token, top / LARGEST * unit)
+        bits = _rounded(value * (LARGEST / top), KIND, NATIVE)
+        tl.store(q + token * K + c, bits.to(tl.uint8), mask=c < K)
+    else:
+        even, odd = tl.split(tl.reshape((value * unit).to(q.dtype.element_ty), [BLOCK // 2, 2]))
+        half = tl.arange(0, BLOCK // 2)
+        tl.store(q + token * K + half, even, mask=half < K // 2)
+        tl.store(q + token * K + K // 2 + half, odd, mask=half < K // 2)
+
+
+@triton.jit
+def _nibble(code, exponent, KIND: tl.constexpr, dtype: tl.constexpr):
+    """Numbers of 4 bits in a compute dtype; those of e2m1 by 2^(exponent - 127)."""
+    if KIND == "e2m1":
+        number = ((code << 28) >> 6 & -0x7E400000).to(tl.float32, bitcast=True) * 2.0**126
+        value = (number * _factor(exponent.to(tl.uint8))).to(dtype)
+    elif dtype == tl.bfloat16:
+        value = (code | 0x4300).to(tl.int16).to(dtype, bitcast=True) - 136.0
+    elif dtype == tl.float16:
+        value = (code | 0x6400).to(tl.int16).to(dtype, bitcast=True) - 1032.0
+    else:
+        value = (code - 8).to(dtype)
+    return value.to(dtype)
+
+
+@triton.jit
+def _tile_scales(at, k, taken, K: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr):
+    """What a tile from column k on needs: the scale of its group, or the exponents of its groups of 32 in a word."""
+    G: tl.constexpr = (K + GROUP - 1) // GROUP
+    if at.dtype.element_ty == tl.uint8:
+        out = tl.load(at + min(k // GROUP, G - 1), mask=taken, other=0).to(tl.int32)
+        for i in tl.static_range(1, DEPTH // GROUP):
+            out |= tl.load(at + min(k // GROUP + i, G - 1), mask=taken, other=0).to(tl.int32) << (8 * i)
+    else:
+        out = tl.load(at + min(k // GROUP, G - 1), mask=taken, other=0.0).to(tl.float32)
+    return out
+
+
+@triton.jit
+def tile_product(w, scales, x, row, taken, x_row, K: tl.constexpr, DEPTH: tl.constexpr, KIND: tl.constexpr,
+                 GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, FULL: tl.constexpr,
+                 PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Rows `row` of a weight (where `taken`; FULL: all) by rows x_row of x as `_prepare` leaves it: [ROWS, TOKENS]
+    float32, the weight's scales in it."""
+    HALVES: tl.constexpr = KIND == "int4" or KIND == "e2m1"
+    STEP: tl.constexpr = DEPTH // 2 if HALVES else DEPTH
+    WIDTH: tl.constexpr = K // 2 if HALVES else K
+    G: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
+    BLOCKS: tl.constexpr = GROUP > 0 and KIND != "e2m1"
+    EVEN: tl.constexpr = WIDTH % STEP == 0
+    c = tl.arange(0, STEP)
+    if ROUND and KIND == "int8":
+        w = w.to(tl.pointer_type(tl.int8))
+        x = x.to(tl.pointer_type(tl.int8))
+    elif ROUND:
+        w = w.to(tl.pointer_type(tl.float8e4nv))
+        x = x.to(tl.pointer_type(tl.float8e4nv))
+    else:
+        w = w.to(tl.pointer_type(tl.uint8))
+    w_at = w + row.to(tl.int64)[:, None] * WIDTH + c[None, :]
+    x_at = x + x_row.to(tl.int64)[:, None] * K + c[None, :]
+    scale_at = scales + row // SHARING * G
+    if ROUND and KIND == "int8":
+        total = tl.zeros((row.shape[0], x_row.shape[0]), tl.int32)
+    else:
+        total = tl.zeros((row.shape[0], x_row.shape[0]), tl.float32)
+    if GROUP:
+        scale = _tile_scales(scale_at, 0, taken, K, GROUP, DEPTH)
+    for k in tl.range(0, WIDTH, STEP, num_stages=STAGES):
+        if GROUP:
+            next_scale = _tile_scales(scale_at, (k + STEP) * (2 if HALVES else 1), taken, K, GROUP, DEPTH)
+        if FULL and EVEN:
+            weight = tl.load(w_at + k)
+        elif EVEN:
+            weight = tl.load(w_at + k, mask=taken[:, None], other=0.0)
+        else:
+            weight = tl.load(w_at + k, mask=taken[:, None] & (k + c < WIDTH)[None, :], other=0.0)
+        if EVEN:
+            value = tl.load(x_at + k)
+        else:
+            value = tl.load(x_at + k, mask=(k + c < WIDTH)[None, :], other=0.0)
+        if HALVES:
+            if EVEN:
+                odd = tl.load(x_at + (k + WIDTH))
+            else:
+                odd = tl.load(x_at + (k + WIDTH), mask=(k + c < WIDTH)[None, :], other=0.0)
+            low, high = weight.to(tl.int32) & 15, weight.to(tl.int32) >> 4
+            exponent = low
+            if KIND == "e2m1":
+                exponent = scale[:, None] >> (c // 16 * 8)[None, :]
+            low = _nibble(low, exponent, KIND, value.dtype)
+            high = _nibble(high, exponent, KIND, value.dtype)
+            if BLOCKS:
+                part = tl.dot(low, tl.trans(value), input_precision=PRECISION)
+                total += tl.dot(high, tl.trans(odd), part, input_precision=PRECISION) * scale[:, None]
+            else:
+                total = tl.dot(low, tl.trans(value), total, input_precision=PRECISION)
+                total = tl.dot(high, tl.trans(odd), total, input_precision=PRECISION)
+        else:
+            if not ROUND:
+                half = weight.to(tl.int16)
+                half = (half << 8 & -32768) | (half << 7 & 0x3F80)
+                weight = (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(value.dtype)
+            if BLOCKS:
+                total += tl.dot(weight, tl.trans(value), input_precision=PRECISION) * scale[:, None]
+            elif ROUND and KIND == "int8":
+                total = tl.dot(weight, tl.trans(value), total, out_dtype=tl.int32)
+            elif ROUND and x_row.shape[0] <= 64:
+                # Hopper adds up products of e4m3 in 14 bits: not for long where that costs nothing.
+                total = tl.dot(weight, tl.trans(value), total, max_num_imprecise_acc=DEPTH // 2)
+            else:
+                total = tl.dot(weight, tl.trans(value), total, input_precision=PRECISION)
+        if GROUP:
+            scale = next_scale
+    total = total.to(tl.float32)
+    if not GROUP:
+        total *= tl.load(scale_at, mask=taken, other=0.0)[:, None]
+    return total
+
+
+@triton.jit(do_not_specialize=["M"])
+def _tile(w, scales, x, x_scales, residual, y, M, N: tl.constexpr, K: tl.constexpr, Y: tl.constexpr,
+          KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
+          ROWS: tl.constexpr, VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+          STAGES: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """VALID results of TOKENS tokens, from ROWS rows of the weight (gated: one half gate, the other up). Programs go
+    through BAND blocks of results for each block of tokens, so that what they read is still in the L2 cache."""
+    OUT: tl.constexpr = ROWS // 2 if GATED else ROWS
+    FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
+    blocks: tl.constexpr = (N + VALID - 1) // VALID
+    many = (M + TOKENS - 1) // TOKENS
+    band = tl.program_id(0) // (BAND * many)
+    wide = min(BAND, blocks - band * BAND)
+    inside = tl.program_id(0) % (BAND * many)
+    first = (band * BAND + inside % wide) * VALID
+    m = inside // wide * TOKENS + tl.arange(0, TOKENS)
+    r = tl.arange(0, ROWS)
+    taken = (r % OUT < VALID) & (first + r % OUT < N)
+    row = tl.where(taken, first + r % OUT, 0) + r // OUT * N
+    i = tl.arange(0, OUT)
+    n = first + i
+    kept = ((i < VALID) & (n < N))[:, None] & (m < M)[None, :]
+    wait_for_inputs(pdl)
+    total = tile_product(w, scales, x, row, taken, tl.minimum(m, M - 1), K, DEPTH, KIND, GROUP, SHARING, ROUND, FULL,
+                         PRECISION, STAGES)  # fmt: skip
+    release_next(pdl)
+    if ROUND:
+        total *= tl.load(x_scales + m, mask=m < M, other=0.0)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, TOKENS]), [1, 2, 0]))
+        total = silu(gate) * up
+    if RESIDUAL:
+        total += tl.load(residual + m.to(tl.int64)[None, :] * N + n[:, None], mask=kept, other=0.0).to(tl.float32)
+    tl.store(y + m.to(tl.int64)[None, :] * Y + n[:, None], total.to(y.dtype.element_ty), mask=kept)
+
+
+def native(target: Target) -> bool:
+    """Whether there are instructions for four products of bytes and for e4m3."""
+    return target.kind == "cuda" and "dot_fp8" in target.features
+
+
+def form(w: Quantized) -> dict[str, Any]:
+    """The constexprs of kernels that say how a weight is stored."""
+    scheme = w.scheme
+    group = scheme.group if w.scales.shape[-1] > 1 or scheme.group >= w.shape[-1] else 0
+    return {"KIND": _KINDS[scheme.name], "GROUP": group, "SHARING": scheme.rows}
+
+
+def largest_of(w: Quantized) -> float:
+    """What x is scaled to before it is rounded; 0 where it is not."""
+    return LARGEST[w.scheme.activations] if w.scheme.activations else 0.0
+
+
+def prepare(x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: float, h_MK: torch.Tensor | None = None
+            ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x, or norm(x), as `_tile` reads it: (q_MK, scale_M). `h_MK`: gets norm(x) too."""
+    (M, K), most = x_MK.shape, largest_of(w)
+    if not most and w.scheme.bits == 8:
+        if norm_K is not None:
+            x_MK = rms_norm(x_MD=x_MK, w_D=norm_K, eps=eps, dtype=w.dtype)
+        if h_MK is not None:
+            h_MK.copy_(x_MK)
+        return x_MK.to(w.dtype).contiguous(), x_MK
+    q_MK = torch.empty((M, K), dtype=torch.uint8 if most else w.dtype, device=x_MK.device)
+    scale_M = torch.empty(M if most else 1, dtype=torch.float32, device=x_MK.device)
+    launch(
+        _prepare, (M,), x_MK, x_MK if norm_K is None else norm_K, q_MK, q_MK if h_MK is None else h_MK, scale_M, eps,
+        x_MK.stride(0), K=K, KIND=_KINDS[w.scheme.name], LARGEST=most, NATIVE=native(target_of(x_MK)),
+        NORM=norm_K is not None, KEEP=h_MK is not None, BLOCK=triton.next_power_of_2(K),
+        **parameters("quantized.prepare", x_MK, D=K),
+    )  # fmt: skip
+    return q_MK, scale_M
+
+
+def quantized(
+    x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: float, gated: bool,
+    residual_MN: torch.Tensor | None, y_MN: torch.Tensor,
+) -> None:  # fmt: skip
+    """`linear` into y, whose rows may be strided."""
+    (M, K), N = x_MK.shape, y_MN.shape[1]
+    how, values, most = form(w), w.values.view(torch.uint8), largest_of(w)
+    key = {"N": N, "K": K, "gated": int(gated), "bits": w.scheme.bits, "group": w.scheme.group}
+    target = target_of(x_MK)
+    shared = {"N": N, "K": K, "GATED": gated, "RESIDUAL": residual_MN is not None, **how}
+    residual = x_MK if residual_MN is None else residual_MN
+    if M == 1 and K * w.scheme.bits % 32 == 0:
+        found = parameters("quantized.one", x_MK, **key)
+        rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, triton.next_power_of_2(K)))
+        prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
+        launch(
+            _one, (triton.cdiv(N, rows),), values, w.scales, x_MK, x_MK if norm_K is None else norm_K, residual, y_MN,
+            eps, NORM=norm_K is not None, LARGEST=most, NATIVE=native(target), ROWS=rows,
+            COLUMNS=columns, THREADS=32 * found["num_warps"],
+            PREFETCH=prefetch, **shared, **found,
+        )  # fmt: skip
+        return
+    found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
+    q_MK, scale_M = prepare(x_MK, w, norm_K, eps)
+    rows, per_core, depth = found.pop("rows"), found.pop("per_core"), found.pop("depth")
+    valid = _fitting(N, rows // (1 + gated), per_core * target.cores)
+    tokens = max(found.pop("tokens"), min(64, triton.next_power_of_2(M)) if M <= FEW else 0)
+    launch(
+        _tile, (triton.cdiv(N, valid) * triton.cdiv(M, tokens),), values, w.scales, q_MK, scale_M, residual, y_MN, M,
+        Y=y_MN.stride(0), ROUND=most > 0, PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens,
+        DEPTH=depth_of(w, depth), BAND=found.pop("band"), STAGES=found["num_stages"], **shared, **found,
+    )  # fmt: skip
+
+
+def depth_of(w: Quantized, depth: int) -> int:
+    """Columns of a tile: no more than share a scale, but for exponents of 32, which come four at a time."""
+    if w.scheme.group and w.scheme.group > 32:
+        return min(depth, w.scheme.group)
+    if w.scheme.group:
+        return min(128, depth) if w.scheme.scales == torch.uint8 else 32
+    return depth if w.dtype.itemsize <= 2 or w.scheme.activations else max(32, depth // 4)
+
+
+def _bucket(tokens: int) -> int:
+    return max(8, triton.next_power_of_2(tokens)) if tokens <= FEW else 256 if tokens <= 256 else 4096
