@@ -84,7 +84,7 @@ class Session:
         """Start the engine, bound to the running event loop. `generate` does so when it must."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._driver.start(self._hear)
+            self._driver.start(self._take)
 
     @property
     def alive(self) -> bool:
@@ -177,7 +177,7 @@ class Session:
         if self._driver.facts.keeps_cache and self._loop is not None and not self._dead:
             self._saving = self._saving or asyncio.ensure_future(self._save())
             await self._saving
-        await asyncio.to_thread(self._driver.close)
+        await self._driver.close()
 
     async def __aenter__(self) -> Session:
         self.start()
@@ -257,14 +257,6 @@ class Session:
                 inbox.ended(answer.request.id)
         if self.observer is not None:
             self.observer(reason if event is None or event.finish_reason is None else event.finish_reason, event)
-
-    def _hear(self, told: Report | Died | Revived) -> None:
-        """Called in the driver's thread."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(self._take, told)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
-            log.debug("an event was lost: the event loop is closed")
 
     def _take(self, told: Report | Died | Revived) -> None:
         if isinstance(told, Report):
