@@ -24,7 +24,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import Connection
-from typing import Any
 
 from tritium.api.drive import Command, Died, EngineFacts, Report, Revived, Tell, died, drive
 from tritium.api.engine_core import EngineCore

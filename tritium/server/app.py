@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -248,15 +249,17 @@ class Routes:
 
     async def _stream(self, events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
         """Server-sent events. The status waits for the first event, so that what is refused is refused with 400."""
+        caller = caller_of(scope)
         async with aclosing(events):
             event = await anext(events)
             await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
             try:
                 while True:
                     if text := writer.add(event):
-                        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                        await caller.send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                     self._metrics.sent(event)
-                    _note_times(event, scope)
+                    if event.timing is not None:
+                        _note_times(event, scope)
                     event = await anext(events)
             except StopAsyncIteration:
                 last = writer.end()
@@ -264,7 +267,7 @@ class Routes:
                 self._note_error(error, scope)
                 log.error("an answer failed midway: %s", error)
                 last = error_event(error, scope["path"])
-            caller_of(scope).notes |= writer.notes()
+            caller.notes |= writer.notes()
             await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
     async def _fields(self, request: Request) -> dict[str, Any]:
@@ -375,7 +378,7 @@ class Server(uvicorn.Server):
         protocol_class = type("Protocol", (PatientProtocol,), {"patience": settings.patience})
         super().__init__(uvicorn.Config(
             create_app(session, served_model_names, settings, tracer), log_level="error", access_log=False,
-            http=protocol_class, ws="none", timeout_graceful_shutdown=int(settings.drain_seconds) + 5))
+            http=protocol_class, loop="asyncio", ws="none", timeout_graceful_shutdown=int(settings.drain_seconds) + 5))
         self._session = session
         self._draining: asyncio.Future[None] | None = None
 
@@ -409,6 +412,8 @@ def serve(config: EngineConfig, settings: ServerSettings) -> None:
     with listen(settings.host, settings.port) as listener:
         session = Session.spawn(config, limits=settings.limits)
         server = Server(session, settings.served_model_names or [config.model], settings, tracer)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection looks through it again between two tokens
         name, bound = listener.getsockname()[:2]
         print(f"serving on http://{f'[{name}]' if ':' in name else name}:{bound}", file=sys.stderr, flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn raises what it was stopped by, after all is closed

@@ -32,6 +32,8 @@ class Caller:
     """Who asked, and what came of it."""
 
     request_id: str
+    send: Send
+    """To the connection itself, past all layers between."""
     key: str = ""
     status: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        caller = scope["tritium.caller"] = Caller(_request_id(headers.get(b"x-request-id")))
+        caller = scope["tritium.caller"] = Caller(_request_id(headers.get(b"x-request-id")), send)
         begin = time.monotonic()
 
         async def sending(message: Message) -> None:
