@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tritium.api.answer import Answer, merge
 from tritium.api.door import Door, Message, Prompts, TextOptions, load, load_engine, load_format
@@ -38,11 +38,24 @@ Observer = Callable[[FinishReason, Event | None], None]
 """Told of the end of every choice: why, and its last event (None when it was aborted or the engine died)."""
 
 
+class Sink(Protocol):
+    """Takes events at once, where the way through the generator and its task would cost more than all else."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes one now."""
+        ...
+
+    def take(self, event: Event) -> None: ...
+
+
 class Session:
     """Serves many callers of one event loop from one engine, which runs elsewhere: in a thread or in a process.
 
     The `Gate` lets requests in. What a step produced crosses to the loop in one call; text is made on the loop's
     side, so a slow reader never holds up the engine, and one that falls behind gets several tokens in one event.
+    A `sink` is given the events that come while the generator waits and the sink is ready; the others, and the last one
+    of each choice, come from the generator.
     """
 
     def __init__(self, driver: Driver, door: Door, *, limits: Limits | None = None,
@@ -107,6 +120,7 @@ class Session:
         options: TextOptions | None = None,
         priority: int = 0,
         key: str = "",
+        sink: Sink | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Events of every choice of every prompt, as they come; choice j of prompt i has index i n + j.
 
@@ -116,7 +130,7 @@ class Session:
         `EngineDeadError` when the engine dies, `OvertimeError`.
         """
         return self._events(lambda: self.door.prompted(prompts, sampling, options=options, priority=priority),
-                            key, priority)
+                            key, priority, sink)
 
     def chat(
         self,
@@ -129,11 +143,12 @@ class Session:
         options: TextOptions | None = None,
         priority: int = 0,
         key: str = "",
+        sink: Sink | None = None,
     ) -> AsyncGenerator[Event, None]:
         """`generate` for a conversation: the template is applied, reasoning and tool calls are split out."""
         return self._events(lambda: self.door.chatted(
             messages, sampling, tools=tools, add_generation_prompt=add_generation_prompt,
-            template_kwargs=template_kwargs, options=options, priority=priority), key, priority)
+            template_kwargs=template_kwargs, options=options, priority=priority), key, priority, sink)
 
     async def keep(self, action: str, name: str = "", ids: Sequence[int] | None = None) -> dict[str, Any]:
         """Save, load or flush the prefix cache (see `CacheCall`), between two steps; what was done, in numbers.
@@ -187,13 +202,13 @@ class Session:
                         trace: TracebackType | None) -> None:
         await self.close()
 
-    async def _events(self, prepare: Callable[[], Sequence[Answer]], key: str, priority: int
+    async def _events(self, prepare: Callable[[], Sequence[Answer]], key: str, priority: int, sink: Sink | None
                       ) -> AsyncGenerator[Event, None]:
         if self._error is not None:
             raise self._error
         self.start()
         ticket = self.gate.enter(key, priority)
-        inbox = _Inbox(ticket)
+        inbox = _Inbox(ticket, sink)
         overtime: asyncio.TimerHandle | None = None
         open_answers: dict[str, Answer] = {}
         reason = FinishReason.ABORT
@@ -201,7 +216,7 @@ class Session:
             answers = await asyncio.to_thread(prepare)  # tokenizing a long prompt takes time that others need
             if self._error is not None:
                 raise self._error
-            open_answers = {answer.request.id: answer for answer in answers}
+            open_answers = inbox.answers = {answer.request.id: answer for answer in answers}
             self._inboxes |= dict.fromkeys(open_answers, inbox)
             overtime = self._end_in_time(inbox, list(open_answers))
             ticket.ready(len(answers), sum(len(answer.request.prompt_ids) for answer in answers),
@@ -300,19 +315,30 @@ class OvertimeError(TritiumError):
 class _Inbox:
     """Events on their way to one caller. Used on the loop only."""
 
-    def __init__(self, ticket: Ticket) -> None:
+    def __init__(self, ticket: Ticket, sink: Sink | None) -> None:
+        self.answers: dict[str, Answer] = {}
         self._ticket = ticket
+        self._sink = sink
         self._events: dict[str, deque[TokenEvent]] = {}
         self._made_at = 0.0
         self._ended: set[str] = set()
-        self._error: TritiumError | None = None
+        self._error: Exception | None = None
         self._wake = asyncio.Event()
+        self._waiting = False
+        """Whether all that came before is on its way."""
 
     def put(self, event: TokenEvent, made_at: float) -> None:
+        self._ticket.charge(len(event.tokens))
+        if (self._sink is not None and self._waiting and not self._wake.is_set() and event.finish_reason is None
+                and self._sink.ready and not (answer := self.answers[event.request_id]).may_stop):
+            try:
+                self._sink.take(answer.take(event, made_at))
+            except Exception as error:  # this answer's alone
+                self.fail(error)
+            return
         if not self._events:
             self._made_at = made_at
         self._events.setdefault(event.request_id, deque()).append(event)
-        self._ticket.charge(len(event.tokens))
         if event.finish_reason is not None:  # here, for the reader may be slow
             self.ended(event.request_id)
         self._wake.set()
@@ -323,14 +349,18 @@ class _Inbox:
             self._ended.add(request_id)
             self._ticket.choice_ended()
 
-    def fail(self, error: TritiumError) -> None:
+    def fail(self, error: Exception) -> None:
         self._error = error
         self._wake.set()
 
     async def take(self) -> list[tuple[TokenEvent, float]]:
         """Wait, then give what has come, each request's events merged into one, and when the oldest was made.
         Raises the error that ended it, after what came before it."""
-        await self._wake.wait()
+        self._waiting = True
+        try:
+            await self._wake.wait()
+        finally:
+            self._waiting = False
         if self._events:
             taken, self._events = self._events, {}
             if self._error is None:

@@ -40,7 +40,7 @@ from tritium.server.guard import Guard, PatientProtocol, caller_of
 from tritium.server.metrics import Metrics
 from tritium.server.settings import ServerSettings
 from tritium.server.tracing import Tracer
-from tritium.server.writers import Call, OpenAIWriter, Writer
+from tritium.server.writers import OpenAIWriter, Writer
 
 log = logging.getLogger(__name__)
 
@@ -109,14 +109,14 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         body = protocol.parse(protocol.ChatRequest, await self._fields(request))
         convert.check_stream_options(body)
-        events, call = self._chat(body, request)
-        writer = OpenAIWriter(ChatShape(body, self._session.door), call.model, call.n, body.stream_options)
-        return self._answer(events, writer, request, stream=body.stream)
+        return self._chat(body, request, lambda model, n: OpenAIWriter(
+            ChatShape(body, self._session.door), model, n, body.stream_options))
 
-    def _chat(self, body: protocol.ChatRequest, request: Request) -> tuple[AsyncGenerator[Event, None], Call]:
+    def _chat(self, body: protocol.ChatRequest, request: Request, writer_of: Callable[[str, int], Writer]) -> Response:
         """The one way from every chat door to the session."""
         model = caller_of(request.scope).notes["model"] = self._check_model(body.model)
         sampling = convert.chat_sampling(body, self._session.door)
+        pen = Pen(writer_of(model, sampling.n), request.scope, self._metrics)
         events = self._session.chat(
             body.messages,
             sampling,
@@ -126,18 +126,19 @@ class Routes:
             options=convert.chat_options(body),
             priority=body.priority,
             key=caller_of(request.scope).key,
+            sink=pen if body.stream else None,
         )
-        return events, Call(model, sampling.n)
+        return self._answer(events, pen, request, stream=body.stream)
 
     async def responses(self, request: Request) -> Response:
         body = protocol.parse(responses.ResponsesRequest, await self._fields(request))
-        events, call = self._chat(protocol.parse(protocol.ChatRequest, responses.chat_fields(body)), request)
-        return self._answer(events, responses.ResponsesWriter(body, call.model), request, stream=body.stream)
+        return self._chat(protocol.parse(protocol.ChatRequest, responses.chat_fields(body)), request,
+                          lambda model, _: responses.ResponsesWriter(body, model))
 
     async def messages(self, request: Request) -> Response:
         body = protocol.parse(messages.MessagesRequest, await self._fields(request))
-        events, call = self._chat(protocol.parse(protocol.ChatRequest, messages.chat_fields(body)), request)
-        return self._answer(events, messages.MessagesWriter(call.model), request, stream=body.stream)
+        return self._chat(protocol.parse(protocol.ChatRequest, messages.chat_fields(body)), request,
+                          lambda model, _: messages.MessagesWriter(model))
 
     async def count_tokens(self, request: Request) -> Response:
         body = protocol.parse(messages.CountRequest, await self._fields(request))
@@ -155,11 +156,11 @@ class Routes:
         door = self._session.door
         prompts = await asyncio.to_thread(door.encode, body.prompt, add_special=body.add_special_tokens)
         sampling = convert.completion_sampling(body, door, max(map(len, prompts)))
-        events = self._session.generate(prompts, sampling, options=convert.text_options(body), priority=body.priority,
-                                        key=caller_of(request.scope).key)
         shape = CompletionShape(body, prompts, sampling.n, door)
-        return self._answer(events, OpenAIWriter(shape, model, sampling.n, body.stream_options), request,
-                            stream=body.stream)
+        pen = Pen(OpenAIWriter(shape, model, sampling.n, body.stream_options), request.scope, self._metrics)
+        events = self._session.generate(prompts, sampling, options=convert.text_options(body), priority=body.priority,
+                                        key=caller_of(request.scope).key, sink=pen if body.stream else None)
+        return self._answer(events, pen, request, stream=body.stream)
 
     async def tokenize(self, request: Request) -> Response:
         fields, door = await self._fields(request), self._session.door
@@ -240,23 +241,24 @@ class Routes:
         caller.notes["error"] = str(error)
         self._metrics.error(status, code_of(error))
 
-    def _answer(self, events: AsyncGenerator[Event, None], writer: Writer, request: Request, *, stream: bool | None
+    def _answer(self, events: AsyncGenerator[Event, None], pen: Pen, request: Request, *, stream: bool | None
                 ) -> Response:
         scope = request.scope
         if stream:
-            return Answered(lambda send: self._stream(events, writer, scope, send))
-        return Answered(lambda send: _whole(events, writer, scope, send))
+            return Answered(lambda send: self._stream(events, pen, scope, send))
+        return Answered(lambda send: _whole(events, pen.writer, scope, send))
 
-    async def _stream(self, events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
+    async def _stream(self, events: AsyncGenerator[Event, None], pen: Pen, scope: Scope, send: Send) -> None:
         """Server-sent events. The status waits for the first event, so that what is refused is refused with 400."""
-        caller = caller_of(scope)
+        writer = pen.writer
         async with aclosing(events):
             event = await anext(events)
             await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+            pen.begun = True
             try:
                 while True:
                     if text := writer.add(event):
-                        await caller.send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                     self._metrics.sent(event)
                     if event.timing is not None:
                         _note_times(event, scope)
@@ -267,7 +269,7 @@ class Routes:
                 self._note_error(error, scope)
                 log.error("an answer failed midway: %s", error)
                 last = error_event(error, scope["path"])
-            caller.notes |= writer.notes()
+            caller_of(scope).notes |= writer.notes()
             await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
     async def _fields(self, request: Request) -> dict[str, Any]:
@@ -307,6 +309,26 @@ class Routes:
                     "max_input_tokens": self._session.door.max_model_len}
         return {"id": name, "object": "model", "created": 0, "owned_by": "tritium", "root": self._names[0],
                 "parent": None, "max_model_len": self._session.door.max_model_len}
+
+
+class Pen:
+    """Writes the pieces of a stream to its connection at once while that takes them; a `Sink`."""
+
+    def __init__(self, writer: Writer, scope: Scope, metrics: Metrics) -> None:
+        self.writer = writer
+        self.begun = False
+        """Whether the head of the answer is out."""
+        self._line: Any = scope.get("tritium.line")
+        self._metrics = metrics
+
+    @property
+    def ready(self) -> bool:
+        return self.begun and self._line is not None and self._line.writable
+
+    def take(self, event: Event) -> None:
+        if text := self.writer.add(event):
+            self._line.write_chunk(text.encode())
+        self._metrics.sent(event)
 
 
 async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
