@@ -118,7 +118,7 @@ class _Child:
         with theirs:
             self.process = subprocess.Popen([sys.executable, "-c", _MAIN, str(theirs.fileno())],
                                             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
-        self._writer: asyncio.StreamWriter | None = None
+        self._writer: asyncio.Transport | None = None
         self._unsent: list[bytes] = []
         with suppress(OSError):  # it died at once, as `wait_ready` finds out
             self._socket.sendall(_framed((logging.getLogger("tritium").getEffectiveLevel(), load)))
@@ -139,26 +139,21 @@ class _Child:
 
     async def listen(self, tell: Tell) -> EngineDeadError:
         """Until the child is gone; -> why."""
-        reader, self._writer = await asyncio.open_connection(sock=self._socket, limit=2**20)
+        self._writer, line = await asyncio.get_running_loop().create_connection(
+            lambda: _Line(tell), sock=self._socket)
         self._writer.write(b"".join(self._unsent))
         try:
-            while True:
-                told = pickle.loads(await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big")))
-                if isinstance(told, Died):
-                    return told.error
-                events, rest = told
-                tell(Report([TokenEvent(*event) for event in events], *rest))
-        except (EOFError, OSError, pickle.UnpicklingError):
-            return EngineDeadError(f"the engine died ({await asyncio.to_thread(self._how)})",
-                                   hint="see the server's log")
+            await line.closed.wait()
+            return line.death or EngineDeadError(f"the engine died ({await asyncio.to_thread(self._how)})",
+                                                 hint="see the server's log")
         finally:
-            self._writer.transport.abort()
+            self._writer.abort()
 
     def send(self, command: Command) -> None:
         """What is sent to a child that died is lost."""
         if self._writer is None:
             self._unsent.append(_framed(command))
-        elif not self._writer.transport.is_closing():
+        elif not self._writer.is_closing():
             self._writer.write(_framed(command))
 
     def end(self) -> None:
@@ -179,6 +174,29 @@ class _Child:
         except subprocess.TimeoutExpired:
             return "it closed its line"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class _Line(asyncio.Protocol):
+    """The parent's end of the line: reports, as they come."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.closed = asyncio.Event()
+        self.death: EngineDeadError | None = None
+        self._tell = tell
+        self._buffer = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= 4 and len(self._buffer) >= (end := 4 + int.from_bytes(self._buffer[:4], "big")):
+            told, self._buffer = pickle.loads(self._buffer[4:end]), self._buffer[end:]
+            if isinstance(told, Died):
+                self.death = told.error
+            else:
+                events, rest = told
+                self._tell(Report([TokenEvent(*event) for event in events], *rest))
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.closed.set()
 
 
 def _framed(message: object) -> bytes:
