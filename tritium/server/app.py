@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import gc
 import logging
 import os
@@ -14,11 +15,12 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tritium
@@ -55,14 +57,13 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
     settings = settings or ServerSettings()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         session.start()
         yield
         await session.close()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(session)
     routes = Routes(session, served_model_names, settings, metrics)
     endpoints: dict[str, Callable[..., Awaitable[Response]]] = {
@@ -83,11 +84,10 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
         "GET /version": routes.version,
         "GET /openapi.json": routes.openapi,
     }
-    for line, endpoint in endpoints.items():
-        method, path = line.split()
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    for kind in (TritiumError, HTTPException, Exception):
-        app.add_exception_handler(kind, routes.refuse)
+    app = Starlette(
+        routes=[Route(path, endpoint, methods=[method]) for (method, path), endpoint in
+                ((line.split(), endpoint) for line, endpoint in endpoints.items())],
+        lifespan=lifespan, exception_handlers=dict.fromkeys((TritiumError, HTTPException, Exception), routes.refuse))
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST"],
                            allow_headers=["*"], expose_headers=["x-request-id"])
@@ -212,25 +212,32 @@ class Routes:
         ends = {"has_more": False, "first_id": self._names[0], "last_id": self._names[-1]}
         return JSONResponse({"data": cards} | (ends if _ANTHROPIC in request.headers else {"object": "list"}))
 
-    async def model(self, name: str, request: Request) -> Response:
-        return JSONResponse(self._card(self._check_model(name), request))
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self._card(self._check_model(request.path_params["name"]), request))
 
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         session = self._session
         status = "draining" if session.draining else "ok" if session.alive else "dead"
         return JSONResponse({"status": status}, status_code=200 if session.alive else 503)
 
-    async def metrics_page(self) -> Response:
+    async def metrics_page(self, _: Request) -> Response:
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def version(self) -> Response:
+    async def version(self, _: Request) -> Response:
         return JSONResponse({"version": tritium.__version__})
 
-    async def openapi(self) -> Response:
+    async def openapi(self, _: Request) -> Response:
         return JSONResponse(openapi.document())
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Any failure as the error object of the door."""
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            path = request.url.path
+            near = difflib.get_close_matches(path, [endpoint.path for endpoint in openapi.ENDPOINTS], 1, 0.7)
+            said = f"{request.method} {path:.100} is not served here"
+            if error.status_code == 404 and near:
+                said += f" ({near[0]} is)"
+            error = HTTPException(error.status_code, said, error.headers)
         self._note_error(error, request.scope)
         return error_response(error, request.scope)
 
