@@ -54,8 +54,8 @@ class Session:
 
     The `Gate` lets requests in. What a step produced crosses to the loop in one call; text is made on the loop's
     side, so a slow reader never holds up the engine, and one that falls behind gets several tokens in one event.
-    A `sink` is given the events that come while the generator waits and the sink is ready; the others, and the last one
-    of each choice, come from the generator.
+    A `sink` is given the events that come while the generator waits and the sink is ready; the generator gives the
+    others.
     """
 
     def __init__(self, driver: Driver, door: Door, *, limits: Limits | None = None,
@@ -226,13 +226,15 @@ class Session:
                     answer = open_answers.get(token_event.request_id)
                     if answer is None:  # came after the stop string that ended it
                         continue
-                    event = answer.take(token_event, made_at)
+                    said = inbox.said.pop(token_event.request_id, None)
+                    event = said or answer.take(token_event, made_at)
                     if event.error is not None:
                         raise TritiumError(event.error)
                     if answer.finished:
                         del open_answers[answer.request.id]
                         self._release(answer, event, abort=token_event.finish_reason is None)
-                    yield event
+                    if said is None:
+                        yield event
         except TritiumError:
             reason = FinishReason.ERROR
             raise
@@ -317,6 +319,8 @@ class _Inbox:
 
     def __init__(self, ticket: Ticket, sink: Sink | None) -> None:
         self.answers: dict[str, Answer] = {}
+        self.said: dict[str, Event] = {}
+        """The last event of a choice, where the sink has it already."""
         self._ticket = ticket
         self._sink = sink
         self._events: dict[str, deque[TokenEvent]] = {}
@@ -329,13 +333,17 @@ class _Inbox:
 
     def put(self, event: TokenEvent, made_at: float) -> None:
         self._ticket.charge(len(event.tokens))
-        if (self._sink is not None and self._waiting and not self._wake.is_set() and event.finish_reason is None
+        if (self._sink is not None and self._waiting and not self._wake.is_set() and event.error is None
                 and self._sink.ready and not (answer := self.answers[event.request_id]).may_stop):
             try:
-                self._sink.take(answer.take(event, made_at))
+                said = answer.take(event, made_at)
+                self._sink.take(said)
             except Exception as error:  # this answer's alone
                 self.fail(error)
-            return
+                return
+            if event.finish_reason is None:
+                return
+            self.said[event.request_id] = said
         if not self._events:
             self._made_at = made_at
         self._events.setdefault(event.request_id, deque()).append(event)

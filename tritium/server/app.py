@@ -325,6 +325,7 @@ class Pen:
         self.writer = writer
         self.begun = False
         """Whether the head of the answer is out."""
+        self._scope = scope
         self._line: Any = scope.get("tritium.line")
         self._metrics = metrics
 
@@ -336,6 +337,8 @@ class Pen:
         if text := self.writer.add(event):
             self._line.write_chunk(text.encode())
         self._metrics.sent(event)
+        if event.timing is not None:
+            _note_times(event, self._scope)
 
 
 async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
