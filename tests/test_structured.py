@@ -149,6 +149,7 @@ def test_answers_are_valid_json_of_their_schemas(llm: LLM, thinking: bool, seed:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # one by one, on a machine that others use too
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_every_schema(request: pytest.FixtureRequest, llm: LLM, thinking: bool, batch: int, seed: int) -> None:
