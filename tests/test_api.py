@@ -245,6 +245,58 @@ def test_a_slow_reader_loses_nothing():
     assert done.usage.completion_tokens == len(done.token_ids) == 421
 
 
+@pytest.mark.parametrize("busy", [0.0, 0.003])
+def test_a_sink_and_the_generator_share_a_stream_in_order(busy, seed):
+    """What a reader does with an event takes time (`busy`): until it asks for the next, nothing passes it by."""
+    rng = random.Random(seed)
+
+    class Sink:
+        def __init__(self) -> None:
+            self.taken = 0
+
+        @property
+        def ready(self) -> bool:
+            return rng.random() < 0.7
+
+        def take(self, event) -> None:
+            self.taken += 1
+            done.absorb(event)
+
+    done, sink = Completion(0, []), Sink()
+
+    async def run() -> int:
+        left = 0
+        async with Session.over(rambles(step_seconds=0.004), CHAT, seed=0) as session:
+            async for event in session.generate("x", SamplingParams(seed=seed, max_tokens=400), sink=sink):
+                await asyncio.sleep(busy)
+                done.absorb(event)
+                left += 1
+        return left
+
+    left = asyncio.run(run())
+    [whole] = LLM.over(rambles(), CHAT).generate("x", SamplingParams(seed=seed, max_tokens=400))
+    assert (done.text, done.token_ids, done.usage) == (whole.text, whole.token_ids, whole.usage)
+    assert min(left, sink.taken) > 5
+
+
+def test_an_answer_whose_sink_fails_ends_alone():
+    class Sink:
+        ready = True
+
+        def take(self, event) -> None:
+            raise ValueError("torn")
+
+    async def run() -> Completion:
+        async with Session.over(rambles(step_seconds=0.001), CHAT, seed=0) as session:
+            other = asyncio.ensure_future(collect(session.generate("x", SamplingParams(max_tokens=100))))
+            with pytest.raises(ValueError, match="torn"):
+                await collect(session.generate("x", SamplingParams(max_tokens=100), sink=Sink()))
+            await until(lambda: session.stats().running <= 1)
+            return (await other)[0]
+
+    assert len(asyncio.run(run()).token_ids) == 100
+
+
 async def until(condition, seconds: float = 2.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:

@@ -52,7 +52,8 @@ def test_a_second_signal_leaves_at_once():
         engine = server.engine_pid
         with httpx.stream("POST", f"{server.url}/v1/completions", timeout=10,
                           json={"prompt": "x", "max_tokens": 4000, "stream": True}) as answer:
-            next(answer.iter_raw())
+            pieces = answer.iter_raw()  # kept: the client hangs up with it
+            next(pieces)
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             assert server.process.poll() is None

@@ -404,8 +404,49 @@ def test_errors_by_class_of_the_official_client(echo):
     with pytest.raises(openai.BadRequestError) as bad:
         echo.client.completions.create(model=MODEL, prompt="x" * 5000, stream=True)
     assert bad.value.code == "context_length_exceeded"
-    assert echo.get("/nothing").json()["error"]["message"] == "Not Found"
+    assert echo.get("/nothing").json()["error"]["message"] == "GET /nothing is not served here"
+    assert echo.post("/chat/completions", {}).json()["error"]["message"].endswith("(/v1/chat/completions is)")
+    for field, meant in (("enable_thinking", "chat_template_kwargs"), ("max_token", "max_tokens")):
+        said = echo.post("/v1/chat/completions", {"messages": [], field: 1}).json()["error"]["message"]
+        assert f"unknown field: {field}" in said
+        assert meant in said
+    assert httpx.head(f"{echo.url}/health").status_code == 200
     assert echo.get("/v1/completions").status_code == 405
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_who_stops_reading_for_a_while_gets_the_same_bytes(version):
+    """Pieces go past the stream's task while the connection takes them, and through it when not: never out of order."""
+    body = json.dumps({"prompt": "x", "max_tokens": 1900, "seed": 3, "stream": True, "logprobs": 20}).encode()
+    head = f"POST /v1/completions HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    with served(rambles(step_seconds=0.001)) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        for listener in (sock for inner in server.server.servers for sock in inner.sockets):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(10)
+            client.connect((host, int(port)))
+            client.sendall(head.encode() + body)
+            raw = client.recv(2000)
+            for wait in (0.8, 0.4, 0.0):
+                time.sleep(wait)
+                for _ in range(200 if wait else 10**6):
+                    if not (piece := client.recv(2000)):
+                        break
+                    raw += piece
+        whole = server.post("/v1/completions", json.loads(body) | {"stream": False}).json()["choices"][0]["text"]
+    _, _, rest = raw.partition(b"\r\n\r\n")
+    if version == "1.1":
+        chunks, rest = rest, b""
+        while chunks and (size := int(chunks.partition(b"\r\n")[0], 16)):
+            chunks = chunks.partition(b"\r\n")[2]
+            rest, chunks = rest + chunks[:size], chunks[size + 2 :]
+    events = rest.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    said = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-2]]
+    assert "".join(choice["text"] for choice in said) == whole
+    assert len({len(choice["logprobs"]["tokens"]) for choice in said}) > 1  # it did fall behind
 
 
 def test_a_huge_body_gets_413_and_holds_nobody_up(rambler):

@@ -58,7 +58,7 @@ def schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
         lambda: {"type": "string", "maxLength": rng.randrange(1, 9)},
         lambda: {"type": "string", "minLength": 2, "maxLength": 4},
         lambda: {"type": "string", "pattern": rng.choice(["^[a-z]{2,5}$", "^\\d{3}-\\d{2}$", "^(ab|cd)e?$"])},
-        lambda: {"type": "string", "format": rng.choice(["date", "uuid", "ipv4"])},
+        lambda: {"type": "string", "format": rng.choice(["date", "uuid", "ipv4", "time", "date-time"])},
         lambda: {"type": "string", "enum": words()},
         lambda: {"enum": [*words(), 1, None, True]},
         lambda: {"const": rng.choice([3, "three", None, {"a": [1]}])},
@@ -149,6 +149,7 @@ def test_answers_are_valid_json_of_their_schemas(llm: LLM, thinking: bool, seed:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # one by one, on a machine that others use too
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_every_schema(request: pytest.FixtureRequest, llm: LLM, thinking: bool, batch: int, seed: int) -> None:

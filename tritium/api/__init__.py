@@ -6,7 +6,7 @@ from tritium.api.engine_core import EngineCore
 from tritium.api.gate import BusyError, Limits
 from tritium.api.llm import LLM
 from tritium.api.scripted import ScriptedEngine
-from tritium.api.session import OvertimeError, Session
+from tritium.api.session import OvertimeError, Session, Sink
 
 __all__ = [
     "LLM",
@@ -21,5 +21,6 @@ __all__ = [
     "Prompts",
     "ScriptedEngine",
     "Session",
+    "Sink",
     "TextOptions",
 ]

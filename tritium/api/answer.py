@@ -19,6 +19,8 @@ class Answer:
         self.request = request
         self.index = index
         self.finished = False
+        self.may_stop = bool(request.sampling.stop)
+        """Whether a stop string may end it before the engine does."""
         self.admitted_at = request.arrived_at
         self._text = text
         self._keep_stop = keep_stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import queue
@@ -76,18 +77,18 @@ Tell = Callable[[Report | Died | Revived], None]
 
 
 class Driver(Protocol):
-    """An engine that runs elsewhere. `tell` is called from another thread, in order."""
+    """An engine that runs elsewhere. `tell` is called on the event loop that it was started on, in order."""
 
     facts: EngineFacts
 
     def start(self, tell: Tell) -> None: ...
 
-    def send(self, command: Request | str | CacheCall) -> None:
+    def send(self, command: Command) -> None:
         """Never blocks. What is sent to an engine that died is lost: `Died` is told in any case."""
         ...
 
-    def close(self) -> None:
-        """Stop the engine; blocks until it is gone."""
+    async def close(self) -> None:
+        """Stop the engine, and wait until it is gone."""
         ...
 
 
@@ -146,20 +147,28 @@ class EngineThread:
         self._thread: threading.Thread | None = None
 
     def start(self, tell: Tell) -> None:
-        self._thread = threading.Thread(target=self._run, args=(tell,), name="tritium-engine", daemon=True)
+        loop = asyncio.get_running_loop()
+
+        def pass_on(told: Report | Died) -> None:
+            try:
+                loop.call_soon_threadsafe(tell, told)
+            except RuntimeError:  # the loop is closed: nobody is left to tell
+                log.debug("an event was lost: the event loop is closed")
+
+        self._thread = threading.Thread(target=self._run, args=(pass_on,), name="tritium-engine", daemon=True)
         self._thread.start()
 
-    def send(self, command: Request | str | CacheCall) -> None:
+    def send(self, command: Command) -> None:
         self._commands.put(command)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._thread is None:
             self._engine.close()
             return
         self._commands.put(None)
-        self._thread.join()
+        await asyncio.to_thread(self._thread.join)
 
-    def _run(self, tell: Tell) -> None:
+    def _run(self, tell: Callable[[Report | Died], None]) -> None:
         try:
             drive(self._engine, self._commands, tell)
         except Exception as error:

@@ -1,13 +1,16 @@
 """An engine in a process of its own, watched: when it dies, its requests end in words and another takes its place.
 
-Parent and child speak pickles over a pair of sockets. The child takes the end of its socket for the end of its parent,
-however that came, and leaves at once; signals of the terminal are the parent's business.
+Parent and child speak pickles over a pair of sockets: commands one way, one message a step the other, which the parent
+reads on its event loop. The child takes the end of its socket for the end of its parent, however that came, and leaves
+at once; signals of the terminal are the parent's business.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import gc
 import logging
+import operator
 import os
 import pickle
 import queue
@@ -18,11 +21,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
 from multiprocessing.connection import Connection
 
-from tritium.api.drive import Command, Died, EngineFacts, Revived, Tell, died, drive
+from tritium.api.drive import Command, Died, EngineFacts, Report, Revived, Tell, died, drive
 from tritium.api.engine_core import EngineCore
-from tritium.core import CacheCall, EngineDeadError, Request, TritiumError
+from tritium.core import EngineDeadError, TokenEvent, TritiumError
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,8 @@ _BACK_OFF = (0.1, 30.0)
 """Seconds before the first restart, and the most; doubled each time, until an engine has lived that long."""
 _PATIENCE = 5.0
 _MAIN = f"import sys; from {__name__} import main; main(int(sys.argv[1]))"
+_EVENT = operator.attrgetter(*(field.name for field in fields(TokenEvent)))
+_REPORT = operator.attrgetter(*(field.name for field in fields(Report) if field.name != "events"))
 
 
 class EngineProcess:
@@ -38,8 +45,8 @@ class EngineProcess:
     def __init__(self, load: Callable[[], EngineCore]) -> None:
         """Blocks until the engine is loaded. Raises what `load` raises, if it is a `TritiumError`."""
         self._load = load
-        self._closing = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._closing = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
         self._child = _Child(load)
         try:
             self.facts = self._child.wait_ready()
@@ -53,73 +60,74 @@ class EngineProcess:
         return self._child.process.pid
 
     def start(self, tell: Tell) -> None:
-        self._watcher = threading.Thread(target=self._watch, args=(tell,), name="tritium-engine", daemon=True)
-        self._watcher.start()
+        self._watcher = asyncio.ensure_future(self._watch(tell))
 
-    def send(self, command: Request | str | CacheCall) -> None:
-        self._child.outbox.put(command)
+    def send(self, command: Command) -> None:
+        self._child.send(command)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._closing.set()
-        self._child.outbox.put(None)
+        self._child.send(None)
         if self._watcher is not None:
-            self._watcher.join(_PATIENCE)
-        self._child.end()
+            await asyncio.wait({self._watcher}, timeout=_PATIENCE)
+            self._watcher.cancel()
+        await asyncio.to_thread(self._child.end)
 
-    def _watch(self, tell: Tell) -> None:
+    async def _watch(self, tell: Tell) -> None:
         """Pass on what the child tells, and replace it when it dies."""
         pause = _BACK_OFF[0]
         while True:
             born = time.monotonic()
-            error = self._child.listen(tell)
-            self._child.end()
+            error = await self._child.listen(tell)
+            await asyncio.to_thread(self._child.end)
             if self._closing.is_set():
                 return
             tell(Died(error))
             log.error("%s; it is started again", error.message)
             if time.monotonic() - born > _BACK_OFF[1]:
                 pause = _BACK_OFF[0]
-            while not self._revive(pause):
+            while not await self._revive(pause):
                 if self._closing.is_set():
                     return
                 pause = min(2 * pause, _BACK_OFF[1])
             pause = min(2 * pause, _BACK_OFF[1])
             tell(Revived())
 
-    def _revive(self, pause: float) -> bool:
-        if self._closing.wait(pause):
+    async def _revive(self, pause: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), pause)
             return False
         self._child = child = _Child(self._load)
         try:
-            child.wait_ready()
+            await asyncio.to_thread(child.wait_ready)
         except TritiumError as error:
             log.error("the engine did not start: %s", error)
-            child.end()
+            await asyncio.to_thread(child.end)
             return False
         log.warning("the engine is back")
         return True
 
 
 class _Child:
-    """One process and the lines to it."""
+    """One process and the line to it."""
 
     def __init__(self, load: Callable[[], EngineCore]) -> None:
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         # The child finds the same modules, and none of what else the parent has open.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
             self.process = subprocess.Popen([sys.executable, "-c", _MAIN, str(theirs.fileno())],
                                             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
-        self._connection = Connection(ours.detach())
-        self.outbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._sender = threading.Thread(target=self._send, name="tritium-commands", daemon=True)
-        with contextlib.suppress(OSError):  # it died at once, as `wait_ready` finds out
-            self._connection.send((logging.getLogger("tritium").getEffectiveLevel(), load))
+        self._writer: asyncio.Transport | None = None
+        self._unsent: list[bytes] = []
+        with suppress(OSError):  # it died at once, as `wait_ready` finds out
+            self._socket.sendall(_framed((logging.getLogger("tritium").getEffectiveLevel(), load)))
 
     def wait_ready(self) -> EngineFacts:
         try:
-            facts = self._connection.recv()
-        except (EOFError, OSError):
+            with self._socket.makefile("rb") as line:
+                facts = pickle.loads(line.read(int.from_bytes(line.read(4), "big")))
+        except (EOFError, OSError, pickle.UnpicklingError):
             raise EngineDeadError(f"the engine died while it was loading ({self._how()})",
                                   hint="see the server's log") from None
         if isinstance(facts, Died):
@@ -127,39 +135,38 @@ class _Child:
         if isinstance(facts, TritiumError):
             raise facts
         assert isinstance(facts, EngineFacts)
-        self._sender.start()
         return facts
 
-    def listen(self, tell: Tell) -> EngineDeadError:
+    async def listen(self, tell: Tell) -> EngineDeadError:
         """Until the child is gone; -> why."""
+        self._writer, line = await asyncio.get_running_loop().create_connection(
+            lambda: _Line(tell), sock=self._socket)
+        self._writer.write(b"".join(self._unsent))
         try:
-            while True:
-                report = self._connection.recv()
-                if isinstance(report, Died):
-                    return report.error
-                tell(report)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            return EngineDeadError(f"the engine died ({self._how()})", hint="see the server's log")
+            await line.closed.wait()
+            return line.death or EngineDeadError(f"the engine died ({await asyncio.to_thread(self._how)})",
+                                                 hint="see the server's log")
+        finally:
+            self._writer.abort()
+
+    def send(self, command: Command) -> None:
+        """What is sent to a child that died is lost."""
+        if self._writer is None:
+            self._unsent.append(_framed(command))
+        elif not self._writer.is_closing():
+            self._writer.write(_framed(command))
 
     def end(self) -> None:
-        """See the process off, whatever its state."""
-        self.outbox.put(None)
-        if self._sender.ident is not None:
-            self._sender.join(_PATIENCE)
-        self._connection.close()
+        """See the process off, whatever its state; blocks."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         try:
             self.process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-    def _send(self) -> None:
-        with contextlib.suppress(OSError):  # the child is gone, which its other end tells better
-            while True:
-                command = self.outbox.get()
-                self._connection.send(command)
-                if command is None:
-                    return
+        if self._writer is None:
+            self._socket.close()
 
     def _how(self) -> str:
         try:
@@ -167,6 +174,35 @@ class _Child:
         except subprocess.TimeoutExpired:
             return "it closed its line"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class _Line(asyncio.Protocol):
+    """The parent's end of the line: reports, as they come."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.closed = asyncio.Event()
+        self.death: EngineDeadError | None = None
+        self._tell = tell
+        self._buffer = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= 4 and len(self._buffer) >= (end := 4 + int.from_bytes(self._buffer[:4], "big")):
+            told, self._buffer = pickle.loads(self._buffer[4:end]), self._buffer[end:]
+            if isinstance(told, Died):
+                self.death = told.error
+            else:
+                events, rest = told
+                self._tell(Report([TokenEvent(*event) for event in events], *rest))
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.closed.set()
+
+
+def _framed(message: object) -> bytes:
+    """As `multiprocessing.connection.Connection` has it on the other side."""
+    body = pickle.dumps(message)
+    return len(body).to_bytes(4, "big") + body
 
 
 def main(descriptor: int) -> None:
@@ -180,10 +216,17 @@ def main(descriptor: int) -> None:
     logging.getLogger("tritium").setLevel(level)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_hear, args=(connection, commands), daemon=True).start()
+
+    def tell(report: Report) -> None:
+        # Tuples: a pickled dataclass with slots takes 2.5 microseconds, and as much to read.
+        connection.send(([*map(_EVENT, report.events)], _REPORT(report)))
+
     try:
         engine = load()
         connection.send(EngineFacts.of(engine))
-        drive(engine, commands, connection.send)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection looks through it again in the middle of a step
+        drive(engine, commands, tell)
         engine.close()
     except TritiumError as error:
         connection.send(error)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from tritium.api.answer import Answer, merge
 from tritium.api.door import Door, Message, Prompts, TextOptions, load, load_engine, load_format
@@ -38,11 +38,24 @@ Observer = Callable[[FinishReason, Event | None], None]
 """Told of the end of every choice: why, and its last event (None when it was aborted or the engine died)."""
 
 
+class Sink(Protocol):
+    """Takes events at once, where the way through the generator and its task would cost more than all else."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes one now."""
+        ...
+
+    def take(self, event: Event) -> None: ...
+
+
 class Session:
     """Serves many callers of one event loop from one engine, which runs elsewhere: in a thread or in a process.
 
     The `Gate` lets requests in. What a step produced crosses to the loop in one call; text is made on the loop's
     side, so a slow reader never holds up the engine, and one that falls behind gets several tokens in one event.
+    A `sink` is given the events that come while the generator waits and the sink is ready; the generator gives the
+    others.
     """
 
     def __init__(self, driver: Driver, door: Door, *, limits: Limits | None = None,
@@ -84,7 +97,7 @@ class Session:
         """Start the engine, bound to the running event loop. `generate` does so when it must."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._driver.start(self._hear)
+            self._driver.start(self._take)
 
     @property
     def alive(self) -> bool:
@@ -107,6 +120,7 @@ class Session:
         options: TextOptions | None = None,
         priority: int = 0,
         key: str = "",
+        sink: Sink | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Events of every choice of every prompt, as they come; choice j of prompt i has index i n + j.
 
@@ -116,7 +130,7 @@ class Session:
         `EngineDeadError` when the engine dies, `OvertimeError`.
         """
         return self._events(lambda: self.door.prompted(prompts, sampling, options=options, priority=priority),
-                            key, priority)
+                            key, priority, sink)
 
     def chat(
         self,
@@ -129,11 +143,12 @@ class Session:
         options: TextOptions | None = None,
         priority: int = 0,
         key: str = "",
+        sink: Sink | None = None,
     ) -> AsyncGenerator[Event, None]:
         """`generate` for a conversation: the template is applied, reasoning and tool calls are split out."""
         return self._events(lambda: self.door.chatted(
             messages, sampling, tools=tools, add_generation_prompt=add_generation_prompt,
-            template_kwargs=template_kwargs, options=options, priority=priority), key, priority)
+            template_kwargs=template_kwargs, options=options, priority=priority), key, priority, sink)
 
     async def keep(self, action: str, name: str = "", ids: Sequence[int] | None = None) -> dict[str, Any]:
         """Save, load or flush the prefix cache (see `CacheCall`), between two steps; what was done, in numbers.
@@ -177,7 +192,7 @@ class Session:
         if self._driver.facts.keeps_cache and self._loop is not None and not self._dead:
             self._saving = self._saving or asyncio.ensure_future(self._save())
             await self._saving
-        await asyncio.to_thread(self._driver.close)
+        await self._driver.close()
 
     async def __aenter__(self) -> Session:
         self.start()
@@ -187,13 +202,13 @@ class Session:
                         trace: TracebackType | None) -> None:
         await self.close()
 
-    async def _events(self, prepare: Callable[[], Sequence[Answer]], key: str, priority: int
+    async def _events(self, prepare: Callable[[], Sequence[Answer]], key: str, priority: int, sink: Sink | None
                       ) -> AsyncGenerator[Event, None]:
         if self._error is not None:
             raise self._error
         self.start()
         ticket = self.gate.enter(key, priority)
-        inbox = _Inbox(ticket)
+        inbox = _Inbox(ticket, sink)
         overtime: asyncio.TimerHandle | None = None
         open_answers: dict[str, Answer] = {}
         reason = FinishReason.ABORT
@@ -201,7 +216,7 @@ class Session:
             answers = await asyncio.to_thread(prepare)  # tokenizing a long prompt takes time that others need
             if self._error is not None:
                 raise self._error
-            open_answers = {answer.request.id: answer for answer in answers}
+            open_answers = inbox.answers = {answer.request.id: answer for answer in answers}
             self._inboxes |= dict.fromkeys(open_answers, inbox)
             overtime = self._end_in_time(inbox, list(open_answers))
             ticket.ready(len(answers), sum(len(answer.request.prompt_ids) for answer in answers),
@@ -211,13 +226,15 @@ class Session:
                     answer = open_answers.get(token_event.request_id)
                     if answer is None:  # came after the stop string that ended it
                         continue
-                    event = answer.take(token_event, made_at)
+                    said = inbox.said.pop(token_event.request_id, None)
+                    event = said or answer.take(token_event, made_at)
                     if event.error is not None:
                         raise TritiumError(event.error)
                     if answer.finished:
                         del open_answers[answer.request.id]
                         self._release(answer, event, abort=token_event.finish_reason is None)
-                    yield event
+                    if said is None:
+                        yield event
         except TritiumError:
             reason = FinishReason.ERROR
             raise
@@ -257,14 +274,6 @@ class Session:
                 inbox.ended(answer.request.id)
         if self.observer is not None:
             self.observer(reason if event is None or event.finish_reason is None else event.finish_reason, event)
-
-    def _hear(self, told: Report | Died | Revived) -> None:
-        """Called in the driver's thread."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(self._take, told)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
-            log.debug("an event was lost: the event loop is closed")
 
     def _take(self, told: Report | Died | Revived) -> None:
         if isinstance(told, Report):
@@ -308,19 +317,36 @@ class OvertimeError(TritiumError):
 class _Inbox:
     """Events on their way to one caller. Used on the loop only."""
 
-    def __init__(self, ticket: Ticket) -> None:
+    def __init__(self, ticket: Ticket, sink: Sink | None) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.said: dict[str, Event] = {}
+        """The last event of a choice, where the sink has it already."""
         self._ticket = ticket
+        self._sink = sink
         self._events: dict[str, deque[TokenEvent]] = {}
         self._made_at = 0.0
         self._ended: set[str] = set()
-        self._error: TritiumError | None = None
+        self._error: Exception | None = None
         self._wake = asyncio.Event()
+        self._waiting = False
+        """Whether all that came before is on its way."""
 
     def put(self, event: TokenEvent, made_at: float) -> None:
+        self._ticket.charge(len(event.tokens))
+        if (self._sink is not None and self._waiting and not self._wake.is_set() and event.error is None
+                and self._sink.ready and not (answer := self.answers[event.request_id]).may_stop):
+            try:
+                said = answer.take(event, made_at)
+                self._sink.take(said)
+            except Exception as error:  # this answer's alone
+                self.fail(error)
+                return
+            if event.finish_reason is None:
+                return
+            self.said[event.request_id] = said
         if not self._events:
             self._made_at = made_at
         self._events.setdefault(event.request_id, deque()).append(event)
-        self._ticket.charge(len(event.tokens))
         if event.finish_reason is not None:  # here, for the reader may be slow
             self.ended(event.request_id)
         self._wake.set()
@@ -331,14 +357,18 @@ class _Inbox:
             self._ended.add(request_id)
             self._ticket.choice_ended()
 
-    def fail(self, error: TritiumError) -> None:
+    def fail(self, error: Exception) -> None:
         self._error = error
         self._wake.set()
 
     async def take(self) -> list[tuple[TokenEvent, float]]:
         """Wait, then give what has come, each request's events merged into one, and when the oldest was made.
         Raises the error that ended it, after what came before it."""
-        await self._wake.wait()
+        self._waiting = True
+        try:
+            await self._wake.wait()
+        finally:
+            self._waiting = False
         if self._events:
             taken, self._events = self._events, {}
             if self._error is None:

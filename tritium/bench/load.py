@@ -10,15 +10,17 @@ import dataclasses
 import ipaddress
 import json
 import math
+import os
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import h11
 import httpx
 
 from tritium.core import PAGE_TOKENS, ConfigError, TritiumError
@@ -75,6 +77,8 @@ class Stream:
     """What one client saw of one answer; times in seconds of the monotonic clock."""
 
     started: float = 0.0
+    pieces: list[tuple[float, bytes]] = field(default_factory=list)
+    """Bytes as they came, and when."""
     arrivals: list[float] = field(default_factory=list)
     text: str = ""
     tokens: int = 0
@@ -144,6 +148,7 @@ class _Run:
     def __init__(self, url: str, load: Load) -> None:
         self._load = load
         self._url = url.rstrip("/")
+        self._at = urlsplit(self._url)
         self._path = "/v1/chat/completions" if load.chat else "/v1/completions"
         self._streams = [Stream() for _ in range(load.requests)]
         self._random = random.Random(load.seed)
@@ -163,7 +168,7 @@ class _Run:
             watch = asyncio.ensure_future(self._watch_kills(http, before, prompt_pages))
             begin = time.monotonic()
             queue = iter(range(self._load.requests))
-            workers = [asyncio.ensure_future(self._client(http, queue)) for _ in range(self._load.clients)]
+            workers = [asyncio.ensure_future(self._client(queue)) for _ in range(self._load.clients)]
             _, late = await asyncio.wait(workers, timeout=self._load.seconds)
             for worker in late:
                 worker.cancel()
@@ -175,16 +180,22 @@ class _Run:
             freed = (await asyncio.gather(watch, return_exceptions=True))[0]
             overhead = {bound: count - overhead.get(bound, 0.0) for bound, count in
                         (await self._overhead(http)).items()}
+            for stream in self._streams:
+                if stream.pieces and not stream.killed:
+                    try:
+                        _read(stream, chat=self._load.chat)
+                    except (h11.RemoteProtocolError, ValueError, KeyError) as error:
+                        stream.error = f"{type(error).__name__}: {error}"
             verified = await self._verify(http)
         return self._summary(end - begin, freed if isinstance(freed, float) else None, idle, verified, overhead)
 
-    async def _client(self, http: httpx.AsyncClient, queue: Any) -> None:
+    async def _client(self, queue: Iterator[int]) -> None:
         for i in queue:
             stream, kill = self._streams[i], self._load.kills(i)
             self._open += 1
             try:
-                await self._ask(http, i, stream, kill)
-            except (httpx.HTTPError, ValueError, KeyError) as error:
+                await self._ask(i, stream, kill)
+            except OSError as error:
                 stream.error = f"{type(error).__name__}: {error}"
             finally:
                 self._open -= 1
@@ -192,34 +203,24 @@ class _Run:
                 if kill and not self._kills_left and not self._last_kill.done():
                     self._last_kill.set_result(time.monotonic())
 
-    async def _ask(self, http: httpx.AsyncClient, i: int, stream: Stream, kill: bool) -> None:
-        body = self._load.body(i) | {"stream": True, "stream_options": {"include_usage": True}}
+    async def _ask(self, i: int, stream: Stream, kill: bool) -> None:
+        """Send a request and keep what comes as it is: a client that read it on arrival would take the server's time,
+        on a machine that they share."""
+        body = json.dumps(self._load.body(i) | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+        key = f"authorization: Bearer {self._load.api_key}\r\n" if self._load.api_key else ""
+        head = (f"POST {self._at.path}{self._path} HTTP/1.1\r\nhost: {self._at.netloc}\r\n{key}connection: close\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n")
         leave_at = self._random.randint(1, max(1, self._load.max_tokens // 2)) if kill else math.inf
         stream.started = time.monotonic()
-        async with http.stream("POST", self._path, json=body) as response:
-            if response.status_code != 200:
-                stream.error = f"HTTP {response.status_code}: {(await response.aread())[:200]!r}"
-                return
-            async for data in _events(response):
-                if "error" in data:
-                    stream.error = str(data["error"]["message"])
-                    return
-                self._absorb(stream, data)
-                if len(stream.arrivals) >= leave_at:
-                    stream.killed = True
-                    return
-        if not stream.finished:
-            stream.error = "the stream ended without a finish_reason"
-
-    def _absorb(self, stream: Stream, data: dict[str, Any]) -> None:
-        for choice in data["choices"]:
-            piece = _text(choice["delta"] if self._load.chat else choice)
-            if piece:
-                stream.arrivals.append(time.monotonic())
-                stream.text += piece
-            stream.finished |= choice["finish_reason"] is not None
-        if data.get("usage"):
-            stream.tokens = data["usage"]["completion_tokens"]
+        secure = self._at.scheme == "https"
+        transport, wire = await asyncio.get_running_loop().create_connection(
+            lambda: _Wire(stream, leave_at), self._at.hostname or "", self._at.port or (443 if secure else 80),
+            ssl=secure or None)
+        try:
+            transport.write(head.encode() + body)
+            await wire.closed.wait()
+        finally:
+            transport.abort()
 
     async def _watch_kills(self, http: httpx.AsyncClient, before: tuple[float, float], pages_each: int) -> float | None:
         """Seconds from the last kill until the server holds no more than the clients that stayed can need."""
@@ -301,14 +302,65 @@ class _Run:
         )
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of server-sent events up to [DONE]."""
-    buffer = b""
-    async for piece in response.aiter_raw():
-        *events, buffer = (buffer + piece).split(b"\n\n")
-        for event in events:
-            if event != b"data: [DONE]":
-                yield json.loads(event.removeprefix(b"data: "))
+class _Wire(asyncio.Protocol):
+    """The client's end of one stream; it leaves after so many events."""
+
+    def __init__(self, stream: Stream, leave_at: float) -> None:
+        self.closed = asyncio.Event()
+        self._stream, self._leave_at = stream, leave_at
+        self._transport: asyncio.WriteTransport | None = None
+        self._events = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._stream.pieces.append((time.monotonic(), data))
+        self._events += data.count(b"\n\n")
+        if self._events >= self._leave_at and self._transport is not None:
+            self._stream.killed = True
+            self._transport.abort()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.closed.set()
+
+
+def _read(stream: Stream, *, chat: bool) -> None:
+    """What the pieces of a stream say."""
+    http = h11.Connection(h11.CLIENT)
+    http.send(h11.Request(method="POST", target="/", headers=[("host", "x"), ("content-length", "0")]))
+    http.send(h11.EndOfMessage())
+    status, buffer = 0, b""
+    for at, piece in [*stream.pieces, (0.0, b"")]:
+        http.receive_data(piece)
+        while not isinstance(event := http.next_event(), (type(h11.NEED_DATA), h11.EndOfMessage, h11.ConnectionClosed)):
+            if isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                *lines, buffer = (buffer + bytes(event.data)).split(b"\n\n")
+                for line in lines:
+                    if status == 200 and line.startswith(b"data: {"):
+                        _absorb(stream, json.loads(line.removeprefix(b"data: ")), at, chat)
+        if isinstance(event, h11.EndOfMessage):
+            break
+    if status != 200:
+        stream.error = f"HTTP {status}: {buffer[:200]!r}"
+    elif not stream.finished and stream.error is None:
+        stream.error = "the stream ended without a finish_reason"
+
+
+def _absorb(stream: Stream, data: dict[str, Any], at: float, chat: bool) -> None:
+    if "error" in data:
+        stream.error = str(data["error"]["message"])
+        return
+    for choice in data["choices"]:
+        if piece := _text(choice["delta"] if chat else choice):
+            stream.arrivals.append(at)
+            stream.text += piece
+        stream.finished |= choice["finish_reason"] is not None
+    if data.get("usage"):
+        stream.tokens = data["usage"]["completion_tokens"]
 
 
 def _text(part: dict[str, Any]) -> str:
@@ -366,6 +418,7 @@ def _is_loopback(url: str) -> bool:
 @click.option("--seconds", default=300.0, show_default=True, help="Time limit.")
 @click.option("--allow-remote", is_flag=True, help="The server is not on this machine, and is yours to load.")
 def main(url: str, requests: int | None, clients: int, **options: Any) -> None:
+    os.nice(19)  # where server and clients share cores, what is measured is the server and not its readers
     try:
         report = run_load(url, Load(clients=clients, requests=requests or clients, **options))
     except TritiumError as error:

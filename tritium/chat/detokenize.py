@@ -47,7 +47,7 @@ class Detokenizer:
         if token is None:
             return ""
         self._window.append(id)
-        if _BYTE_TOKEN.fullmatch(token):
+        if token[:1] == "<" and _BYTE_TOKEN.fullmatch(token):
             return ""
         text = self._tokenizer.text(self._window)
         settled = max(len(text) - text.endswith(_BROKEN), self._emitted)

@@ -25,7 +25,8 @@ _LENIENT = _STYLE | {"lenient": True, "coerce_one_of": True}
 _ROOT_KEYS = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
 _NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "strict"}
 _FORMATS = {
-    "date": "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])",
+    "date": "[0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
+            "|02-(0[1-9]|1[0-9]|2[0-8]))",
     "time": "([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])",
     "uuid": "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
     "email": "[a-zA-Z0-9_+-]{1,32}(\\.[a-zA-Z0-9_+-]{1,32}){0,3}@[a-zA-Z0-9]{1,32}(\\.[a-zA-Z]{2,16}){1,3}",
@@ -314,8 +315,18 @@ def _message(error: Exception) -> str:
 
 
 def _as_object(schema: Any) -> Any:
-    """A schema with room for options: `true` and `false` as the member of a union."""
-    return {"anyOf": [schema]} if isinstance(schema, bool) else schema
+    """A schema with room for options: `true` and `false` as the member of a union. Times have at most six digits after
+    the second: the library's own form has no end."""
+    if isinstance(schema, bool):
+        return {"anyOf": [schema]}
+    whole = json.loads(json.dumps(schema))
+    waiting = [whole]
+    while waiting:
+        part = waiting.pop()
+        waiting += [inner for _, inner in _parts(part)]
+        if part.get("format") in ("time", "date-time") and "pattern" not in part:
+            part["pattern"] = f"^{_FORMATS[part.pop('format')]}$"
+    return whole
 
 
 def _parts(schema: Any) -> Iterator[tuple[list[str], Mapping[str, Any]]]:

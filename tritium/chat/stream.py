@@ -13,7 +13,7 @@ from tritium.chat.tools import Called, ToolParser
 from tritium.core.stages import ToolCall, ToolCallDelta
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token
 class TextDelta:
     """What became certain with a push. Fields that it does not carry are empty."""
 

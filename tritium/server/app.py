@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import gc
 import logging
 import os
 import socket
@@ -13,11 +15,12 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tritium
@@ -39,7 +42,7 @@ from tritium.server.guard import Guard, PatientProtocol, caller_of
 from tritium.server.metrics import Metrics
 from tritium.server.settings import ServerSettings
 from tritium.server.tracing import Tracer
-from tritium.server.writers import Call, OpenAIWriter, Writer
+from tritium.server.writers import OpenAIWriter, Writer
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +57,13 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
     settings = settings or ServerSettings()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         session.start()
         yield
         await session.close()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(session)
     routes = Routes(session, served_model_names, settings, metrics)
     endpoints: dict[str, Callable[..., Awaitable[Response]]] = {
@@ -82,11 +84,10 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
         "GET /version": routes.version,
         "GET /openapi.json": routes.openapi,
     }
-    for line, endpoint in endpoints.items():
-        method, path = line.split()
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    for kind in (TritiumError, HTTPException, Exception):
-        app.add_exception_handler(kind, routes.refuse)
+    app = Starlette(
+        routes=[Route(path, endpoint, methods=[method]) for (method, path), endpoint in
+                ((line.split(), endpoint) for line, endpoint in endpoints.items())],
+        lifespan=lifespan, exception_handlers=dict.fromkeys((TritiumError, HTTPException, Exception), routes.refuse))
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST"],
                            allow_headers=["*"], expose_headers=["x-request-id"])
@@ -108,14 +109,14 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         body = protocol.parse(protocol.ChatRequest, await self._fields(request))
         convert.check_stream_options(body)
-        events, call = self._chat(body, request)
-        writer = OpenAIWriter(ChatShape(body, self._session.door), call.model, call.n, body.stream_options)
-        return self._answer(events, writer, request, stream=body.stream)
+        return self._chat(body, request, lambda model, n: OpenAIWriter(
+            ChatShape(body, self._session.door), model, n, body.stream_options))
 
-    def _chat(self, body: protocol.ChatRequest, request: Request) -> tuple[AsyncGenerator[Event, None], Call]:
+    def _chat(self, body: protocol.ChatRequest, request: Request, writer_of: Callable[[str, int], Writer]) -> Response:
         """The one way from every chat door to the session."""
         model = caller_of(request.scope).notes["model"] = self._check_model(body.model)
         sampling = convert.chat_sampling(body, self._session.door)
+        pen = Pen(writer_of(model, sampling.n), request.scope, self._metrics)
         events = self._session.chat(
             body.messages,
             sampling,
@@ -125,18 +126,19 @@ class Routes:
             options=convert.chat_options(body),
             priority=body.priority,
             key=caller_of(request.scope).key,
+            sink=pen if body.stream else None,
         )
-        return events, Call(model, sampling.n)
+        return self._answer(events, pen, request, stream=body.stream)
 
     async def responses(self, request: Request) -> Response:
         body = protocol.parse(responses.ResponsesRequest, await self._fields(request))
-        events, call = self._chat(protocol.parse(protocol.ChatRequest, responses.chat_fields(body)), request)
-        return self._answer(events, responses.ResponsesWriter(body, call.model), request, stream=body.stream)
+        return self._chat(protocol.parse(protocol.ChatRequest, responses.chat_fields(body)), request,
+                          lambda model, _: responses.ResponsesWriter(body, model))
 
     async def messages(self, request: Request) -> Response:
         body = protocol.parse(messages.MessagesRequest, await self._fields(request))
-        events, call = self._chat(protocol.parse(protocol.ChatRequest, messages.chat_fields(body)), request)
-        return self._answer(events, messages.MessagesWriter(call.model), request, stream=body.stream)
+        return self._chat(protocol.parse(protocol.ChatRequest, messages.chat_fields(body)), request,
+                          lambda model, _: messages.MessagesWriter(model))
 
     async def count_tokens(self, request: Request) -> Response:
         body = protocol.parse(messages.CountRequest, await self._fields(request))
@@ -154,11 +156,11 @@ class Routes:
         door = self._session.door
         prompts = await asyncio.to_thread(door.encode, body.prompt, add_special=body.add_special_tokens)
         sampling = convert.completion_sampling(body, door, max(map(len, prompts)))
-        events = self._session.generate(prompts, sampling, options=convert.text_options(body), priority=body.priority,
-                                        key=caller_of(request.scope).key)
         shape = CompletionShape(body, prompts, sampling.n, door)
-        return self._answer(events, OpenAIWriter(shape, model, sampling.n, body.stream_options), request,
-                            stream=body.stream)
+        pen = Pen(OpenAIWriter(shape, model, sampling.n, body.stream_options), request.scope, self._metrics)
+        events = self._session.generate(prompts, sampling, options=convert.text_options(body), priority=body.priority,
+                                        key=caller_of(request.scope).key, sink=pen if body.stream else None)
+        return self._answer(events, pen, request, stream=body.stream)
 
     async def tokenize(self, request: Request) -> Response:
         fields, door = await self._fields(request), self._session.door
@@ -210,25 +212,32 @@ class Routes:
         ends = {"has_more": False, "first_id": self._names[0], "last_id": self._names[-1]}
         return JSONResponse({"data": cards} | (ends if _ANTHROPIC in request.headers else {"object": "list"}))
 
-    async def model(self, name: str, request: Request) -> Response:
-        return JSONResponse(self._card(self._check_model(name), request))
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self._card(self._check_model(request.path_params["name"]), request))
 
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         session = self._session
         status = "draining" if session.draining else "ok" if session.alive else "dead"
         return JSONResponse({"status": status}, status_code=200 if session.alive else 503)
 
-    async def metrics_page(self) -> Response:
+    async def metrics_page(self, _: Request) -> Response:
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def version(self) -> Response:
+    async def version(self, _: Request) -> Response:
         return JSONResponse({"version": tritium.__version__})
 
-    async def openapi(self) -> Response:
+    async def openapi(self, _: Request) -> Response:
         return JSONResponse(openapi.document())
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Any failure as the error object of the door."""
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            path = request.url.path
+            near = difflib.get_close_matches(path, [endpoint.path for endpoint in openapi.ENDPOINTS], 1, 0.7)
+            said = f"{request.method} {path:.100} is not served here"
+            if error.status_code == 404 and near:
+                said += f" ({near[0]} is)"
+            error = HTTPException(error.status_code, said, error.headers)
         self._note_error(error, request.scope)
         return error_response(error, request.scope)
 
@@ -239,24 +248,27 @@ class Routes:
         caller.notes["error"] = str(error)
         self._metrics.error(status, code_of(error))
 
-    def _answer(self, events: AsyncGenerator[Event, None], writer: Writer, request: Request, *, stream: bool | None
+    def _answer(self, events: AsyncGenerator[Event, None], pen: Pen, request: Request, *, stream: bool | None
                 ) -> Response:
         scope = request.scope
         if stream:
-            return Answered(lambda send: self._stream(events, writer, scope, send))
-        return Answered(lambda send: _whole(events, writer, scope, send))
+            return Answered(lambda send: self._stream(events, pen, scope, send))
+        return Answered(lambda send: _whole(events, pen.writer, scope, send))
 
-    async def _stream(self, events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
+    async def _stream(self, events: AsyncGenerator[Event, None], pen: Pen, scope: Scope, send: Send) -> None:
         """Server-sent events. The status waits for the first event, so that what is refused is refused with 400."""
+        writer = pen.writer
         async with aclosing(events):
             event = await anext(events)
             await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+            pen.begun = True
             try:
                 while True:
                     if text := writer.add(event):
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                     self._metrics.sent(event)
-                    _note_times(event, scope)
+                    if event.timing is not None:
+                        _note_times(event, scope)
                     event = await anext(events)
             except StopAsyncIteration:
                 last = writer.end()
@@ -304,6 +316,29 @@ class Routes:
                     "max_input_tokens": self._session.door.max_model_len}
         return {"id": name, "object": "model", "created": 0, "owned_by": "tritium", "root": self._names[0],
                 "parent": None, "max_model_len": self._session.door.max_model_len}
+
+
+class Pen:
+    """Writes the pieces of a stream to its connection at once while that takes them; a `Sink`."""
+
+    def __init__(self, writer: Writer, scope: Scope, metrics: Metrics) -> None:
+        self.writer = writer
+        self.begun = False
+        """Whether the head of the answer is out."""
+        self._scope = scope
+        self._line: Any = scope.get("tritium.line")
+        self._metrics = metrics
+
+    @property
+    def ready(self) -> bool:
+        return self.begun and self._line is not None and self._line.writable
+
+    def take(self, event: Event) -> None:
+        if text := self.writer.add(event):
+            self._line.write_chunk(text.encode())
+        self._metrics.sent(event)
+        if event.timing is not None:
+            _note_times(event, self._scope)
 
 
 async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
@@ -375,7 +410,7 @@ class Server(uvicorn.Server):
         protocol_class = type("Protocol", (PatientProtocol,), {"patience": settings.patience})
         super().__init__(uvicorn.Config(
             create_app(session, served_model_names, settings, tracer), log_level="error", access_log=False,
-            http=protocol_class, ws="none", timeout_graceful_shutdown=int(settings.drain_seconds) + 5))
+            http=protocol_class, loop="asyncio", ws="none", timeout_graceful_shutdown=int(settings.drain_seconds) + 5))
         self._session = session
         self._draining: asyncio.Future[None] | None = None
 
@@ -409,6 +444,8 @@ def serve(config: EngineConfig, settings: ServerSettings) -> None:
     with listen(settings.host, settings.port) as listener:
         session = Session.spawn(config, limits=settings.limits)
         server = Server(session, settings.served_model_names or [config.model], settings, tracer)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection looks through it again between two tokens
         name, bound = listener.getsockname()[:2]
         print(f"serving on http://{f'[{name}]' if ':' in name else name}:{bound}", file=sys.stderr, flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn raises what it was stopped by, after all is closed

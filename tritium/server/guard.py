@@ -115,13 +115,31 @@ def _request_id(given: bytes | None) -> str:
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP that hangs up on a client that does not send the head of a request, or does not read, for so long."""
+    """HTTP that hangs up on a client that does not send the head of a request, or does not read, for so long. Requests
+    find it in their scope as "tritium.line", to write pieces of a begun answer past all layers between."""
 
     patience = 60.0
     _timer: asyncio.TimerHandle | None = None
 
+    @property
+    def writable(self) -> bool:
+        """Whether `write_chunk` may be called: the client reads, and has HTTP of chunks."""
+        cycle = self.cycle
+        return not (self.flow.write_paused or cycle.disconnected or cycle.response_complete
+                    or cycle.scope["http_version"] != "1.1")
+
+    def write_chunk(self, data: bytes) -> None:
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        app = self.app
+
+        async def app_with_line(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["tritium.line"] = self
+            await app(scope, receive, send)
+
+        self.app = app_with_line
         self._wait(lambda: self.cycle is None)
 
     def pause_writing(self) -> None:

@@ -6,6 +6,7 @@ safety_identifier, prompt_cache_key, prompt_cache_retention, store=false.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -196,12 +197,15 @@ def parse(kind: type[Model], fields: Mapping[str, Any]) -> Model:
         return kind.model_validate({name: value for name, value in fields.items() if name not in unsupported})
     except ValidationError as invalid:
         error = invalid.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise _readable(error["type"], _path(error["loc"]), error["msg"]) from None
+        raise _readable(error["type"], _path(error["loc"]), error["msg"], kind) from None
 
 
-def _readable(kind: str, path: str, message: str) -> RequestError:
+def _readable(kind: str, path: str, message: str, model: type[BaseModel]) -> RequestError:
     if kind == "extra_forbidden":
-        return RequestError(f"unknown field: {path}", param=path)
+        near = difflib.get_close_matches(path, model.model_fields, 1)
+        if path == "enable_thinking" and "chat_template_kwargs" in model.model_fields:
+            near = ['"chat_template_kwargs": {"enable_thinking": ...}']
+        return RequestError(f"unknown field: {path}", param=path, hint=f"{near[0]}?" if near else None)
     if kind == "missing":
         return RequestError(f"{path} is required", param=path)
     return RequestError(f"{path}: {message[0].lower()}{message[1:]}", param=path)

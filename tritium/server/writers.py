@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tritium.api import Completion
 from tritium.core import Event
 from tritium.server.convert import Envelope, Shape, Tally
 from tritium.server.protocol import StreamOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a writer must know of the call it answers."""
-
-    model: str
-    n: int
 
 
 class Writer(Protocol):
