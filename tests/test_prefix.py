@@ -388,8 +388,8 @@ def ids_of(rng: random.Random, count: int) -> list[int]:
 
 
 def computed(llm: LLM, *prompts: list[int]) -> list[int]:
-    """Prompt tokens that each, asked at once, is not told to be cached."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    """Prompt tokens that each, asked at once, is not told to be cached. Answers are long enough for drafts."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     usages = [completion.usage for completion in llm.generate(list(prompts), sampling)]
     return [usage.prompt_tokens - usage.cached_tokens for usage in usages]
 
@@ -398,10 +398,10 @@ def test_a_prompt_and_a_short_suffix(llm: LLM, seed: int) -> None:
     prompt_ids = ids_of(random.Random(seed), 777)
     assert computed(llm, prompt_ids) == [777]
     assert computed(llm, prompt_ids) == [1]
-    assert computed(llm, prompt_ids + [1, 2, 3]) == [3]
+    assert computed(llm, prompt_ids + [1, 2, 3]) == [4]  # from the checkpoint at its last token
 
 
-def test_two_thousand_prompts_of_370_tokens_that_share_369(llm: LLM, seed: int) -> None:
+def test_two_thousand_prompts_of_370_tokens_that_share_369(tiny: Engine, llm: LLM, seed: int) -> None:
     rng = random.Random(seed)
     shared = ids_of(rng, 369)
     before = llm.stats()
@@ -410,6 +410,7 @@ def test_two_thousand_prompts_of_370_tokens_that_share_369(llm: LLM, seed: int) 
     after = llm.stats()
     assert after.prefix_hit_tokens - before.prefix_hit_tokens == 2000 * 370 - sum(counts)
     assert sum(after.prefix_miss_tokens.values()) - sum(before.prefix_miss_tokens.values()) == sum(counts)
+    assert (sum(after.draft_proposed) > sum(before.draft_proposed)) is tiny.runner.run_head
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
