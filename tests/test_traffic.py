@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from serving import again, assemble, request
 
+from tritium.cache import pages_for
 from tritium.chat import load_chat
 from tritium.config import EngineConfig
 from tritium.core import CacheCall, FinishReason, Request
@@ -155,6 +156,8 @@ class World:
         cache, _, batching, _ = way
         start = rng.randrange(len(self.pool))
         near = [(start + i) % len(self.pool) for i in range(16)]
+        if cache == "evicted":  # all ask for pages while they run
+            near = [i for i in near if self.grows(i)] or near
         chosen = rng.choices(near, k=THEN)
         loop = self.loop(way, rng)
         for wave, picks in enumerate((chosen[:FIRST], chosen)):
@@ -178,8 +181,12 @@ class World:
                 self.counts["compared"] += 1
         self.count(loop, way)
 
+    def grows(self, i: int) -> bool:
+        asked, answer = self.pool[i]
+        return pages_for(len(asked.prompt_ids) + len(answer.tokens) - 1) > pages_for(len(asked.prompt_ids))
+
     def loop(self, way: tuple[str, str, str, bool], rng: random.Random) -> Engine:
-        (cache, proposer, batching, ahead), host = way, min(8, self.engine.memory_plan.num_host_checkpoints)
+        (cache, proposer, batching, ahead), host = way, min(24, self.engine.memory_plan.num_host_checkpoints)
         options: dict[str, object] = {"seqs": SEQS, "pages": PAGES}
         options["checkpoints"] = None if cache == "off" else CHECKPOINTS
         if cache == "evicted":
