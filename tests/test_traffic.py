@@ -1,4 +1,4 @@
-"""Random traffic in every way to serve it, against the plainest: token for token, log-probability for log-probability.
+"""Random traffic in every way to serve it, against the plainest: every token, log-probability and bit of the logits.
 
 Requests share prefixes at random, also with what others answered. Each combination of cache, proposer, batching and
 loop serves some of them twice over; the plainest way is one request at a time, no cache, no drafts, no step ahead. A
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from checkpoints import random_checkpoint, random_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
@@ -26,7 +27,7 @@ from serving import again, assemble, request
 from tritium.cache import pages_for
 from tritium.chat import load_chat
 from tritium.config import EngineConfig
-from tritium.core import CacheCall, FinishReason, Request
+from tritium.core import CacheCall, FinishReason, Request, StepPlan
 from tritium.draft.depth import DepthPolicy
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer
 from tritium.engine import Engine
@@ -109,13 +110,26 @@ class World:
             self.texts = [chat.encode(chat.render(each.messages))[-150:] for each in problems]
         self.answers: dict[str, Answer] = {}
         self.pool: list[tuple[Request, Answer]] = []
+        self.logits: dict[int, torch.Tensor] = {}
+        """[positions, V] of each request."""
         while len(self.pool) < pool:
             ids = self.prompt()
             each = request(f"plain/{len(self.pool)}", ids, **self.sampling(len(ids)))
             plain = assemble(self.engine, budget=512, seqs=1, pages=PAGES)
+            parts: list[torch.Tensor] = []
+            self.engine.runner.observer = lambda plan, logits_TV, parts=parts: parts.append(logits_TV)
             [answer] = drive(plain, again([each]), [0], {})
+            self.logits[len(self.pool)] = torch.cat(parts)
             self.answers[each.id] = answer
             self.pool.append((each, answer))
+
+    def compare(self, plan: StepPlan, logits_TV: torch.Tensor) -> None:
+        """Tokens alone would forgive a state that is a little wrong, or all wrong on a network that hardly minds."""
+        at = 0
+        for row in plan.rows:
+            want = self.logits[int(row.request_id.split("/")[1])][row.start : row.stop - row.num_drafts]
+            assert torch.equal(logits_TV[at : at + len(want)], want), f"{row.request_id} from {row.start}"
+            at += len(row.ids)
 
     def prompt(self) -> list[int]:
         """Most begin like one before, some with its answer: the next turn of a chat."""
@@ -160,6 +174,7 @@ class World:
             near = [i for i in near if self.grows(i)] or near
         chosen = rng.choices(near, k=THEN)
         loop = self.loop(way, rng)
+        self.engine.runner.observer = self.compare
         for wave, picks in enumerate((chosen[:FIRST], chosen)):
             if wave and cache == "restored":
                 loop.keep(CacheCall("", "save"))
