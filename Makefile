@@ -17,7 +17,7 @@ help:
 	@echo "make check   lint, types, layers, size"
 	@echo "make soak    ten minutes of every kind of client at a server whose engine is killed now and then"
 	@echo "make fuzz    2,000 and more requests made from the server's OpenAPI document"
-	@echo "make identities  4,000 and more requests in all combinations of cache, drafts, batching and loop (minutes)"
+	@echo "make identities  8,000 requests in all combinations of cache, drafts, batching and loop (minutes)"
 	@echo "make schemas all JSON schemas through the embedded model (minutes)"
 	@echo "make agents  200 tool-calling loops of the official clients with the embedded model (a minute or two)"
 	@echo "make matrix  every kernel as the family launches it, compiled for all eight targets (minutes, no GPU)"
@@ -56,7 +56,7 @@ schemas: .venv/.dev
 
 .PHONY: identities
 identities: .venv/.dev
-	$(BIN)/pytest -m slow -s tests/test_traffic.py $(PYTEST_ARGS)
+	$(BIN)/pytest -m slow -n $(WORKERS) --dist worksteal -rP tests/test_traffic.py $(PYTEST_ARGS)
 
 .PHONY: agents
 agents: .venv/.dev

@@ -388,8 +388,8 @@ def ids_of(rng: random.Random, count: int) -> list[int]:
 
 
 def computed(llm: LLM, *prompts: list[int]) -> list[int]:
-    """Prompt tokens that each, asked at once, is not told to be cached."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    """Prompt tokens that each, asked at once, is not told to be cached. Answers are long enough for drafts."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     usages = [completion.usage for completion in llm.generate(list(prompts), sampling)]
     return [usage.prompt_tokens - usage.cached_tokens for usage in usages]
 
@@ -398,18 +398,19 @@ def test_a_prompt_and_a_short_suffix(llm: LLM, seed: int) -> None:
     prompt_ids = ids_of(random.Random(seed), 777)
     assert computed(llm, prompt_ids) == [777]
     assert computed(llm, prompt_ids) == [1]
-    assert computed(llm, prompt_ids + [1, 2, 3]) == [3]
+    assert computed(llm, prompt_ids + [1, 2, 3]) == [4]  # from the checkpoint at its last token
 
 
-def test_two_thousand_prompts_of_370_tokens_that_share_369(llm: LLM, seed: int) -> None:
+def test_two_thousand_prompts_of_370_tokens_that_share_369(tiny: Engine, llm: LLM, seed: int) -> None:
     rng = random.Random(seed)
     shared = ids_of(rng, 369)
     before = llm.stats()
     counts = computed(llm, *([*shared, rng.randrange(256)] for _ in range(2000)))
-    assert sum(counts) <= 0.02 * 2000 * 370
+    assert sum(counts) <= 370 + 1999 + 64 <= 0.02 * 2000 * 370
     after = llm.stats()
     assert after.prefix_hit_tokens - before.prefix_hit_tokens == 2000 * 370 - sum(counts)
     assert sum(after.prefix_miss_tokens.values()) - sum(before.prefix_miss_tokens.values()) == sum(counts)
+    assert (sum(after.draft_proposed) > sum(before.draft_proposed)) is tiny.runner.run_head
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
@@ -469,24 +470,41 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def test_a_chat_with_tools_of_thirty_turns(tiny: Engine, shared_data: Path, seed: int) -> None:
-    """Rendered by the family's own template, which drops what the model thought once the user speaks again."""
-    llm = LLM.over(tiny, byte_chat_format((shared_data / "qwen3.5-chat-template.jinja").read_text()))
-    sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-    seen: list[list[int]] = [[]]
-
-    def turn(messages: list[dict[str, object]]) -> None:
-        [answer] = llm.chat(messages, sampling, tools=TOOLS)
+def talk(engine: Engine, template: str, rng: random.Random) -> list[tuple[int, int]]:
+    """(tokens that no prompt or answer before had, tokens computed) of each request of a chat with tools: 30 turns, the
+    last one again, with another last message, and back to an earlier place."""
+    llm, seen, out = LLM.over(engine, byte_chat_format(template)), [list[int]()], []
+    requests = conversation(rng, 30)
+    edited = [*requests[-1][:-1], requests[-1][-1] | {"content": "Something else, then."}]
+    for messages in (*requests, requests[-1], edited, requests[12]):
+        [answer] = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), tools=TOOLS)
         new = len(answer.prompt_ids) - max(common(answer.prompt_ids, ids) for ids in seen)
-        assert answer.usage.prompt_tokens - answer.usage.cached_tokens <= new + 64
+        out.append((new, answer.usage.prompt_tokens - answer.usage.cached_tokens))
         seen.append(answer.prompt_ids + answer.token_ids)
+    return out
 
-    requests = conversation(random.Random(seed), 30)
-    for messages in requests:
-        turn(messages)
-    turn(requests[-1])  # once more
-    turn([*requests[-1][:-1], requests[-1][-1] | {"content": "Something else, then."}])
-    turn(requests[12])  # back to an earlier place
+
+def test_a_chat_with_tools_of_thirty_turns(tiny: Engine, llm: LLM, shared_data: Path, seed: int) -> None:
+    """Rendered by the family's own template, which drops what the model thought once the user speaks again."""
+    template = (shared_data / "qwen3.5-chat-template.jinja").read_text()
+    turns = talk(tiny, template, random.Random(seed))
+    assert len(turns) == 33
+    assert all(count <= new + 64 for new, count in turns)
+
+
+def test_drafts_cost_at_most_64_tokens_of_it(tmp_path: Path, shared_data: Path, seed: int) -> None:
+    random_checkpoint(tmp_path, layer_types="lf", vocab=CHAT.tokenizer.vocab_size, seed=seed)
+    edit_config(tmp_path, max_position_embeddings=16384)
+    template = (shared_data / "qwen3.5-chat-template.jinja").read_text()
+    counted = []
+    for speculate in ("none", "mtp:3"):
+        engine, rng = load(tmp_path, speculate=speculate), random.Random(seed)
+        llm, one, long = LLM.over(engine, CHAT), ids_of(rng, 777), ids_of(rng, 6476)
+        prompts = [one, one + ids_of(rng, 16), *(long + ids_of(rng, count) for count in (40, 376, 1296))]
+        prompts += [long[:369] + ids_of(rng, 1) for _ in range(100)]
+        counted.append([computed(llm, ids)[0] for ids in prompts] + [count for _, count in talk(engine, template, rng)])
+        assert (sum(engine.stats().draft_proposed) > 0) is (speculate != "none")
+    assert all(with_drafts <= without + 64 for without, with_drafts in zip(*counted, strict=True))
 
 
 def test_without_it_nothing_is_reused(tmp_path: Path, seed: int) -> None:

@@ -278,14 +278,15 @@ def test_the_embedded_models_guess_well_and_answer_the_same() -> None:
         pytest.skip("the embedded model is not in this checkout")
     problems = tasks.word_problems("heldout", 7, 8) + tasks.tool_calls("heldout", 7, 4)
     texts = {}
-    for speculate in ("none", "mtp:3"):
+    for speculate in ("none", "auto", "mtp:3"):
         config = EngineConfig(max_num_seqs=4, speculate=speculate, show_progress=False, num_threads=1)
         with LLM.load(config) as llm:
             answers = tiny.answer(llm, problems)
             texts[speculate] = [answer.token_ids for answer in answers]
             stats = llm.stats()
-    assert texts["none"] == texts["mtp:3"]
-    assert stats.draft_accepted[0] / stats.draft_proposed[0] >= 0.70
+        if speculate != "none":
+            assert texts[speculate] == texts["none"]
+            assert stats.draft_accepted[0] / stats.draft_proposed[0] >= 0.70
     assert stats.generated_tokens / stats.decode_rows >= 1.8
     # What the callers are told adds up to what the engine counted.
     assert sum(answer.usage.accepted_drafts for answer in answers) == sum(stats.draft_accepted)

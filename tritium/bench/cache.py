@@ -48,10 +48,13 @@ def run(config: EngineConfig, turns: Turns, *, rows: int = 4, rounds: int = 5) -
                "fewest": fewest, "share": sum(cached) / tokens}
     plain = dataclasses.replace(config, speculate="none")
     pair = [Engine.load(dataclasses.replace(plain, enable_prefix_caching=on)) for on in (True, False)]
-    speeds = [[256 * rows / serve(each, [ids(1024) for _ in range(rows)], 256)[0] for each in pair]
-              for _ in range(rounds + 1)][1:]  # the first round warms up
+    ratios = []
+    for turn in range(rounds + 1):  # who goes first changes by turns
+        seconds = {i: serve(pair[i], [ids(1024) for _ in range(rows)], 256)[0] for i in (turn % 2, 1 - turn % 2)}
+        ratios.append(seconds[1] / seconds[0])
+    ratios = sorted(ratios[1:])  # the first round warms up
     yield {"workload": f"{rows} of 1,024 that share nothing, 256 more", "requests": rows * rounds, "share": 0.0,
-           "ratio": statistics.median(on / off for on, off in speeds)}
+           "ratio": statistics.median(ratios), "ratios": [round(ratio, 3) for ratio in ratios]}
 
 
 def chat(form: ChatFormat, turns: Turns) -> list[list[int]]:
