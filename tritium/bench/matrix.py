@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +74,8 @@ STEPS = (
     Step(decode=1), Step(decode=8), Step(decode=32), Step(decode=1, drafts=_DRAFTS), Step(decode=8, drafts=_DRAFTS),
     Step(prefill=SHORT_ROW + 1), Step(prefill=2048), Step(decode=8, prefill=504),
 )  # fmt: skip
+QUANTIZED_STEPS = (Step(decode=1), Step(decode=8), Step(prefill=2048))
+"""Of the schemes: of their launches with the same launch parameters only the last is compiled, of the largest model."""
 
 
 def launches(model: str, arch: str, steps: Sequence[Step] = STEPS, scheme: str = "") -> Iterator[tuple[str, Launch]]:
@@ -143,10 +144,11 @@ def run(
     jobs: dict[object, Job] = {}
     for arch in arches:
         for model in models:
-            for _, launch in chain(*(launches(model, arch, scheme=scheme) for scheme in ("", *SCHEMES))):
-                job = Job.of(launch, arch)
-                form = tuple(value for value in launch.options.values() if isinstance(value, (bool, str)))
-                jobs[(arch, launch.kernel, launch.entries, form) if sample else job.key] = job
+            for scheme in ("", *SCHEMES):
+                for _, launch in launches(model, arch, QUANTIZED_STEPS if scheme else STEPS, scheme):
+                    job = Job.of(launch, arch)
+                    form = tuple(value for value in launch.options.values() if isinstance(value, (bool, str)))
+                    jobs[(arch, launch.kernel, launch.entries, form) if sample or scheme else job.key] = job
     wanted = {job.key: job for job in jobs.values()}
     for found in compile_all(wanted.values(), workers=workers or available_cores(), cache=cache):
         yield len(wanted), found

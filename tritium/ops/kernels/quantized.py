@@ -576,7 +576,8 @@ def quantized(
     """`linear` into y, whose rows may be strided."""
     (M, K), N = x_MK.shape, y_MN.shape[1]
     how, values, most = form(w), w.values.view(torch.uint8), largest_of(w)
-    key = {"N": N, "K": K, "gated": int(gated), "bits": w.scheme.bits, "group": w.scheme.group}
+    key = {"N": N, "K": K, "gated": int(gated), "bits": w.scheme.bits, "group": w.scheme.group,
+           "e4m3": int(how["KIND"] == "e4m3")}
     target = target_of(x_MK)
     shared = {"N": N, "K": K, "GATED": gated, "RESIDUAL": residual_MN is not None, **how}
     residual = x_MK if residual_MN is None else residual_MN
