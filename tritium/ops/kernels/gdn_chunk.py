@@ -273,20 +273,22 @@ def _advance(state, qk, mix, v, decay, scale, h, rows, segments, N: tl.constexpr
             s_low = s.to(h.dtype.element_ty)
             tl.store(h + base * DV * DK + in_h, s_low)
             k_tile = tl.load(qk + (chunk * 2 * NK + NK + head // (N // NK)) * C64 * DK + in_k)
+            # Loads that are on their way already stand where they are used: what they bring waits in shared memory.
             if from_registers:
                 known = tl.dot(s_low, tl.trans(k_tile), input_precision="ieee")
-            else:
-                known = tl.trans(tl.dot(k_tile, tl.trans(s_low), input_precision="ieee"))
-            # Loads stand where they are used: what they bring waits in shared memory, not in registers.
+            v_tile = tl.load(v + base * DV * C64 + in_v).to(tl.float32)
             grown = tl.load(scale + base * 2 * C64 + t)[None, :]
-            rest = (tl.load(v + base * DV * C64 + in_v).to(tl.float32) - grown * known).to(v.dtype.element_ty)
+            if from_registers:
+                rest = (v_tile - grown * known).to(v.dtype.element_ty)
             mixer = tl.load(mix + base * C64 * C64 + in_mix)
+            faded = tl.load(scale + (base * 2 + 1) * C64 + t)[None, :]
             if from_registers:
                 new = tl.dot(rest, tl.trans(mixer), input_precision="ieee")
             else:
-                new = tl.trans(tl.dot(mixer, tl.trans(rest), input_precision="ieee"))
+                rest = v_tile - grown * tl.trans(tl.dot(k_tile, tl.trans(s_low), input_precision="ieee"))
+                new = tl.trans(tl.dot(mixer, tl.trans(rest.to(v.dtype.element_ty)), input_precision="ieee"))
             tl.store(v + base * DV * C64 + in_v, new.to(v.dtype.element_ty))
-            new = (new * tl.load(scale + (base * 2 + 1) * C64 + t)[None, :]).to(v.dtype.element_ty)
+            new = (new * faded).to(v.dtype.element_ty)
             s *= tl.exp2(tl.load(decay + base * C64 + C64 - 1).to(tl.float32))
             if from_registers:
                 s = tl.dot(new, k_tile, s, input_precision="ieee")
