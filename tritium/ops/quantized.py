@@ -117,17 +117,9 @@ def row_blocks(w: Weights) -> tuple[Weight, ...]:
     return w if isinstance(w, tuple) and not isinstance(w, Quantized) else (w,)
 
 
-def num_rows(w: Weights) -> int:
-    return sum(block.shape[-2] for block in row_blocks(w))
-
-
 def dtype_of(w: Weights) -> torch.dtype:
     """The compute dtype of a weight: of its results, and of the activations it is multiplied by."""
     return row_blocks(w)[0].dtype
-
-
-def device_of(w: Weights) -> torch.device:
-    return row_blocks(w)[0].device
 
 
 def expert_of(w: Weights, index: int) -> Weights:
