@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -27,6 +28,7 @@ from tritium.models.checkpoint import Checkpoint, find_checkpoint, load_paramete
 from tritium.models.config import parse_config
 from tritium.models.families import family_config
 from tritium.models.parameters import quantizable, weight_bytes
+from tritium.models.save import save
 from tritium.ops.linear import linear
 from tritium.ops.moe import moe
 from tritium.ops.quantized import FORMS, SCHEMES, Quantized, Scheme, dequantize, quantize, row_blocks
@@ -271,6 +273,61 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(scheme: str, tmp_path: P
             load_parameters(opened(directory, scheme), dtype=torch.float32)
 
 
+@pytest.mark.parametrize(("part", "change", "refusal"), [
+    ("_scale", lambda t: t[:-1].contiguous(), r"I8 with scales \[\d+, 1\], but config.json asks for int8"),
+    ("", lambda t: t.to(torch.float8_e4m3fn), "is F8_E4M3 with scales"),
+    ("_scale", lambda t: t * math.nan, "is damaged: NaN or infinity among the numbers.*again"),
+    ("_scale", lambda t: t.double() * math.pi, "is damaged: its scales, float64, are no float32"),
+], ids=["shape", "dtype", "nan", "precision"])  # fmt: skip
+def test_quantized_tensors_that_are_not_what_the_configuration_says(
+    part: str, change: Callable[[Tensor], Tensor], refusal: str, tmp_path: Path
+) -> None:
+    save(opened(random_checkpoint(tmp_path / "x", DENSE), "int8"), tmp_path / "saved")
+    name = "model.layers.1.mlp.up_proj.weight" + part
+    tensors = read_tensors(tmp_path / "saved")
+    write_tensors(tmp_path / "saved", {**tensors, name: change(tensors[name])})
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight.*{refusal}"):
+        load_parameters(opened(tmp_path / "saved"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "norm.weight"])
+def test_only_what_can_be_multiplied_comes_quantized(name: str, tmp_path: Path) -> None:
+    save(opened(random_checkpoint(tmp_path / "x", DENSE), "int8"), tmp_path / "saved")
+    tensors = read_tensors(tmp_path / "saved")
+    own = tensors[f"model.{name}"]
+    tensors |= {f"model.{name}": own.to(torch.int8), f"model.{name}_scale": torch.ones(len(own), 1)}
+    write_tensors(tmp_path / "saved", tensors)
+    with pytest.raises(CheckpointError, match=name):
+        opened(tmp_path / "saved")
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is(written: Path, tmp_path: Path) -> None:
+    there, to = tmp_path / "file", tmp_path / "to"
+    there.write_text("mine")
+    refusals: list[tuple[Path, tuple[str, ...], str]] = [
+        (there, (), "is there already"), (written, (), "is there already"), (to, ("*",), "nothing is left to quantize"),
+    ]  # fmt: skip
+    if any(".experts.0." in name for name in read_tensors(written)):
+        refusals.append((to, ("*.experts.0.*",), "experts of a layer must all be stored in the same way"))
+    for directory, keep, refusal in refusals:
+        with pytest.raises(ConfigError, match=refusal):
+            save(opened(written, "int8", keep_bf16=keep), directory)
+    assert not to.exists()
+    assert there.read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_leaves_nothing_that_loads(written: Path, tmp_path: Path) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tritium.models.save._pieces", full)
+        with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+            save(opened(written, "int8"), tmp_path / "to")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        open_checkpoint(tmp_path / "to")
+
+
 def test_bytes_of_a_step_are_those_stored() -> None:
     config = parse_config(family_config("qwen3.6-27b") or {})
     names = {name: name for name in quantizable(config)}
@@ -386,6 +443,9 @@ def test_the_official_fp8_layout(moe: bool, tmp_path: Path, seed: int) -> None:
     check_serving(engine, seed)
     with pytest.raises(ConfigError, match=r"--quantize int8: .* is fp8-block already"):
         opened(directory, "int8")
+    edit_config(directory, compression_config={
+        "quant_method": "fp8", "weight_block_size": [128, 128]}, quantization_config=None)
+    assert opened(directory).config.schemes == config.schemes
 
 
 COMPRESSED = {
@@ -459,6 +519,7 @@ def changed(part: str, **changes: Any) -> dict[str, Any]:
     (changed("weights", symmetric=False), "symmetric False"),
     (changed("input_activations", dynamic=False), "dynamic False"),
     ({**INT8, "config_groups": {"group_0": {"weights": GROUP["weights"]}}}, "strategy None"),
+    ({**INT8, "config_groups": ["x"]}, "compressed-tensors, damaged"),
     ({**INT8, "format": "pack-quantized"}, "num_bits 8.*strategy channel.*group_size None.*input_activations"),
 ])  # fmt: skip
 def test_other_schemes_are_refused_by_name_with_what_is_supported(told: dict[str, Any], named: str) -> None:
@@ -534,6 +595,8 @@ def test_online_is_saved_and_loaded_to_the_bit(model: str, scheme: str, tmp_path
             for mine, other in zip(a[:2], b[:2]) if isinstance(a, Quantized) else ((a, b),):
                 assert torch.equal(mine.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)), name
     assert (saved / INDEX).exists() == (Path(model) / INDEX).exists()
+    with pytest.raises(ConfigError, match=f"is {scheme} already, and no flag changes"):
+        opened(saved, scheme, keep_bf16=("*out_proj*",))
     main_again = EngineConfig(model=str(saved), quantize=scheme)
     assert find_checkpoint(main_again).config.schemes == find_checkpoint(EngineConfig(model=str(saved))).config.schemes
     for source in (str(saved), model):

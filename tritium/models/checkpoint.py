@@ -25,8 +25,8 @@ from tritium.models.dummy import draw_parameters
 from tritium.models.families import family_config
 from tritium.models.parameters import IGNORED, Placement, canonical_name, parameter_shapes, placements, quantizable
 from tritium.models.weights import allocate, fill
-from tritium.ops.quantized import SCHEMES, Weights, stored_bytes
-from tritium.quant import Layout, declared, select
+from tritium.ops.quantized import SCHEMES, Weights, stored_bytes, stored_shapes
+from tritium.quant import Layout, layout_of, select
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ EMBEDDED = {"tritium-dense": "dense", "tritium-moe": "moe"}
 INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+STORED_AS = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32",
+             torch.bfloat16: "BF16"}  # fmt: skip
+"""Dtypes of quantized tensors, as safetensors spells them."""
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 _AGAIN = "download it again"
@@ -170,8 +173,7 @@ def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Chec
     config = parse_config(raw, generation=read_json(generation) if generation.exists() else None)
     stored = stored_tensors(directory)
     by_name = _canonical(stored)
-    quantization = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
-    layout = declared(quantization) if quantization else None
+    layout = layout_of(raw)
     if layout:
         by_name = _joined(by_name, layout)
     config = _settle(config, raw, by_name)
@@ -181,8 +183,13 @@ def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Chec
         return Checkpoint(directory, _quantized(config, engine, names), tensors)
     if engine and engine.quantize not in (None, layout.scheme):
         raise ConfigError(f"--quantize {engine.quantize}: {directory} is {layout.scheme} already", hint="leave it out")
-    brought = tuple((name, layout.scheme) for name in names if by_name[name].parts)
-    return Checkpoint(directory, replace(config, schemes=brought), tensors)
+    if engine and (engine.keep_bf16 or engine.quantize_also):
+        raise ConfigError(f"{directory} is {layout.scheme} already, and no flag changes which of its tensors are",
+                          hint="leave out --keep-bf16 and --quantize-also")
+    brought = {name: layout.scheme for name in names if by_name[name].parts}
+    if never := [names[name] for name in brought.keys() - set(quantizable(config))]:
+        raise CheckpointError(f"{directory}: tensors are quantized that must not be: {_some(sorted(never))}")
+    return Checkpoint(directory, replace(config, schemes=tuple(brought.items())), tensors)
 
 
 def table(checkpoint: Checkpoint, width: int) -> list[tuple[str, str, int]]:
@@ -227,6 +234,12 @@ def _joined(stored: dict[str, StoredTensor], layout: Layout) -> dict[str, Stored
             raise CheckpointError(f"{scales.file.name}: {scales.name} is there, but not what it scales", hint=_AGAIN)
         *front, columns = values.shape
         shape = (*front, columns * 8 * _ITEM_BYTES.get(values.dtype, 1) // scheme.bits)
+        wanted = stored_shapes(scheme, shape)[1] if front else (0,)
+        kinds = ("U8", "I32") if scheme.bits == 4 else (STORED_AS[scheme.values],)
+        if values.dtype not in kinds or math.prod(scales.shape) != math.prod(wanted):
+            raise CheckpointError(
+                f"{values.file.name}: {values.name} is {values.dtype} with scales {list(scales.shape)}, but "
+                f"config.json asks for {layout.scheme}: {' or '.join(kinds)} with scales {list(wanted)}", hint=_AGAIN)
         own = values.name.removesuffix(layout.values)
         joined[name] = StoredTensor(own, values.file, shape, values.dtype, (values, scales))
     return joined
@@ -249,8 +262,9 @@ def load_parameters(
             try:
                 fill(parameters[place.parameter], place, *source)
             except ValueError as e:
-                raise CheckpointError(f"{tensor.file.name}: {tensor.name} cannot be quantized: {e}",
-                                      hint=f"--keep-bf16 {canonical_name(tensor.name)}") from e
+                what = "is damaged" if tensor.parts else "cannot be quantized"
+                raise CheckpointError(f"{tensor.file.name}: {tensor.name} {what}: {e}",
+                                      hint=_AGAIN if tensor.parts else f"--keep-bf16 {tensor.name}") from e
             done(tensor)
     return parameters
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tritium.core.errors import ConfigError
-from tritium.quant import declared
+from tritium.quant import layout_of
 
 log = logging.getLogger(__name__)
 
@@ -252,10 +252,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(raw: Mapping[str, Any], text: _Fields) -> None:
     """Switches of the family that change the mathematics and have one supported value."""
-    for place in (raw, text.raw):
-        quantization = place.get("quantization_config") or place.get("compression_config")
-        if quantization:
-            declared(quantization)
+    layout_of(raw)
     for key, supported in _SWITCHES.items():
         text.choice(key, supported[0], supported)
     for key in ("sliding_window", "mlp_only_layers", "per_layer_config"):

@@ -12,28 +12,28 @@ from pathlib import Path
 import torch
 
 from tritium.core.errors import CheckpointError, ConfigError
-from tritium.models.checkpoint import INDEX, Checkpoint, StoredTensor, read, read_json, stored_tensors
-from tritium.models.parameters import canonical_name
+from tritium.models.checkpoint import INDEX, STORED_AS, Checkpoint, StoredTensor, read, read_json, stored_tensors
+from tritium.models.parameters import blocks, canonical_name
 from tritium.ops.quantized import SCHEMES, Scheme, quantize, stored_shapes
 from tritium.quant import declaration
-
-_NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32",
-          torch.bfloat16: "BF16"}  # fmt: skip
 
 
 def save(checkpoint: Checkpoint, directory: Path, *, device: str = "cpu", progress: bool = False) -> tuple[int, int]:
     """Writes `checkpoint`, whose configuration says what is quantized, to `directory`: file by file as it is stored,
     what is not quantized byte by byte, config.json last. Gives the bytes of all tensors before and after.
 
-    What is quantized on `device` has the bits that loading it there with --quantize gives. Raises `ConfigError` or
-    `CheckpointError`."""
+    What is quantized on `device` has the bits that loading it there with --quantize gives. Raises `ConfigError` before
+    anything is written, `CheckpointError` after."""
     from tqdm import tqdm
 
     schemes = {name: SCHEMES[scheme] for name, scheme in checkpoint.config.schemes}
-    if checkpoint.is_dummy or any(tensor.parts for tensor in checkpoint.tensors):
-        raise ConfigError(f"{checkpoint.directory} has no weights to quantize, or quantized ones")
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{directory} is not empty", hint="name a new directory")
+    if any(tensor.parts for tensor in checkpoint.tensors):
+        raise ConfigError(f"{checkpoint.directory} is quantized already", hint="serve it as it is")
+    if not schemes:
+        raise ConfigError("nothing is left to quantize", hint="a narrower glob for --keep-bf16")
+    blocks(checkpoint.config)  # refuses what could not be loaded again
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ConfigError(f"{directory} is there already", hint="name a new directory")
     files: dict[Path, list[StoredTensor]] = {}
     for tensor in stored_tensors(checkpoint.directory):
         files.setdefault(tensor.file, []).append(tensor)
@@ -79,7 +79,7 @@ def _header(tensors: dict[StoredTensor, Scheme | None]) -> tuple[dict[str, objec
         if scheme:
             kinds = (scheme.values, scheme.scales)
             entries = [
-                (tensor.name + suffix, _NAMES[kind], shape, math.prod(shape) * kind.itemsize)
+                (tensor.name + suffix, STORED_AS[kind], shape, math.prod(shape) * kind.itemsize)
                 for suffix, kind, shape in zip(("", "_scale"), kinds, stored_shapes(scheme, tensor.shape))
             ]
         for name, dtype, shape, size in entries:

@@ -59,6 +59,14 @@ def declaration(scheme: str) -> dict[str, str]:
     return {"quant_method": _OURS, "scheme": scheme}
 
 
+def layout_of(config: Mapping[str, Any]) -> Layout | None:
+    """The layout of a checkpoint by its config.json; None where nothing in it is quantized. Raises `ConfigError`."""
+    for place in (config, config.get("text_config") or {}):
+        if quantization := place.get("quantization_config") or place.get("compression_config"):
+            return declared(quantization)
+    return None
+
+
 def declared(quantization: Any) -> Layout:
     """The layout that a `quantization_config` tells of. Raises `ConfigError` for one that is not supported."""
     told = quantization if isinstance(quantization, Mapping) else {"quant_method": quantization}
@@ -72,7 +80,10 @@ def declared(quantization: Any) -> Layout:
             return Layout("fp8-block", scales="_scale_inv")
         raise _refused(f"fp8 with {wrong}")
     if method == "compressed-tensors":
-        return _compressed(told)
+        try:
+            return _compressed(told)
+        except AttributeError:  # a list or a text where that package writes an object
+            raise _refused("compressed-tensors, damaged") from None
     raise _refused(str(method or "unnamed method"))
 
 
