@@ -20,6 +20,8 @@ from tritium.cli.main import main
 from tritium.config import EngineConfig
 from tritium.core import ConfigError, RequestError, TritiumError
 from tritium.eval import gsm8k, kl, tiny
+from tritium.models.checkpoint import find_checkpoint
+from tritium.models.save import save
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PROBLEMS = [{"question": f"What is {i} + 2?", "answer": f"{i} + 2 is {i + 2}.\n#### {i + 2}"} for i in range(12)]
@@ -78,6 +80,15 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, line: str) -> None:
         gsm8k.read(path)
 
 
+def test_lines_end_where_json_lines_do(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_text('{"question": "a\u2028b\x85c", "answer": "#### 1"}\n\n', encoding="utf-8")
+    assert [problem["question"] for problem in gsm8k.read(path)] == ["a\u2028b\x85c"]
+    path.write_bytes(b'{"question": "\xff", "answer": "#### 1"}\n')
+    with pytest.raises(ConfigError, match="line 1"):
+        gsm8k.read(path)
+
+
 def test_the_published_problems() -> None:
     if not DATA.exists():
         pytest.skip(f"GSM8K is not at {DATA}")
@@ -116,6 +127,23 @@ def test_answers_to_something_else_are_refused(tmp_path: Path, change: dict[str,
     with pytest.raises(ConfigError, match="not of such a file"):
         gsm8k.Answers(tmp_path / "out", SETTINGS)
     assert (tmp_path / "out").read_text() == "my diary\n"
+
+
+@pytest.mark.parametrize("mine", [b"my diary", b'{"a": 1}', b"\n", b"\xff\xfe"])
+def test_a_file_of_one_line_without_its_end_is_not_written_over(tmp_path: Path, mine: bytes) -> None:
+    (tmp_path / "out").write_bytes(mine)
+    with pytest.raises(ConfigError, match="something else"):
+        gsm8k.Answers(tmp_path / "out", SETTINGS)
+    assert (tmp_path / "out").read_bytes() == mine
+
+
+def test_answers_go_to_new_directories_and_on_behind_a_torn_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out"
+    gsm8k.Answers(path, SETTINGS).close()
+    head = path.read_bytes()
+    path.write_bytes(head[:20])
+    gsm8k.Answers(path, SETTINGS).close()
+    assert path.read_bytes() == head
 
 
 @pytest.mark.parametrize("chat", [[], ["--chat", "--no-thinking"]])
@@ -278,6 +306,17 @@ def test_a_text_of_one_token_is_refused() -> None:
         kl.run(CONFIG, "a")
 
 
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "kl", "--quantize", "int8", "--text", str(tmp_path / "text")])
+    assert ended.value.code == 2
+    assert "is not text in UTF-8: invalid continuation byte at byte 3" in capsys.readouterr().err
+    save(find_checkpoint(dataclasses.replace(CONFIG, quantize="int8")), tmp_path / "saved")
+    with pytest.raises(ConfigError, match="compared with itself"):
+        kl.run(dataclasses.replace(CONFIG, model=str(tmp_path / "saved"), quantize="int8"), "a text")
+
+
 # --- schemes --------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +328,15 @@ def test_how_schemes_are_spelled() -> None:
     for wrong in ("int9", "", "int8+", "+*in_proj*"):
         with pytest.raises(ConfigError, match="not understood"):
             tiny.variant(CONFIG, wrong)
+
+
+@pytest.mark.parametrize("flags", [["--schemes", "none,int9"], ["--schemes", "none,int8-*nothing*"],
+                                   ["--schemes", "none", "--quantize", "fp8"]])  # fmt: skip
+def test_schemes_are_understood_before_any_runs(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "tiny", "--count", "1", "-q", *flags])
+    assert ended.value.code == 2
+    assert not capsys.readouterr().out
 
 
 def test_a_table_of_schemes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,11 +39,13 @@ def tiny(count: int, as_json: bool, schemes: str | None, **flags: Any) -> None:
         from tritium.bench.ceilings import step_bytes
         from tritium.models.checkpoint import find_checkpoint
 
+        if config.quantize:
+            raise ConfigError("--schemes and --quantize both say what weights become", hint="--schemes alone")
+        stored = {one: find_checkpoint(evaluation.variant(config, one)).config for one in schemes.split(",")}
         click.echo(f"{config.model}: {count} held-out problems of each kind, greedy\n{evaluation.scheme_head()}")
         rows = []
-        for figures in evaluation.run_schemes(config, schemes.split(","), count=count):
-            stored = find_checkpoint(evaluation.variant(config, figures["scheme"])).config
-            rows.append(figures | {"bytes_per_token": step_bytes(stored, 1, 512)})
+        for figures in evaluation.run_schemes(config, list(stored), count=count):
+            rows.append(figures | {"bytes_per_token": step_bytes(stored[figures["scheme"]], 1, 512)})
             click.echo(evaluation.scheme_row(rows[-1]))
         if as_json:
             click.echo(json.dumps({"model": config.model, "count": count, "schemes": rows}))
@@ -118,8 +120,13 @@ def kl_command(path: Path, window: int, limit: int | None, **flags: Any) -> None
     if config.quantize is None:
         raise ConfigError("nothing to compare without --quantize", hint="--quantize int8, fp8, int4 or mxfp4")
 
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+
     from tritium.eval import kl
 
-    figures = kl.run(config, path.read_text(encoding="utf-8"), window=window, limit=limit)
+    figures = kl.run(config, text, window=window, limit=limit)
     click.echo(kl.table(figures), err=True)
     click.echo(json.dumps(figures))

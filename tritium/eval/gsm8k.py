@@ -82,7 +82,9 @@ def _plain(number: str) -> str:
 def read(path: Path) -> list[dict[str, str]]:
     """Problems with `question` and `answer`, a line each. Raises `ConfigError` for anything else."""
     problems: list[dict[str, str]] = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(path.read_bytes().splitlines(), 1):  # as text, separators inside a string would end lines
+        if not line.strip():
+            continue
         try:
             problem = json.loads(line)
             if not problem["question"] or strict(problem["answer"]) is None:
@@ -120,17 +122,18 @@ class Answers:
         """Goes on with the file if it is of these settings. Raises `ConfigError` if it is not."""
         self.texts: dict[int, str] = {}
         head = json.dumps(dataclasses.asdict(settings))
-        whole = b""
-        if path.exists():
-            # The last line may have been cut when a run was killed.
-            whole = path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]
-            lines = whole.decode().splitlines()
-            if lines and lines[0] != head:
-                raise ConfigError(f"{path} has answers to something else: {_difference(lines[0], settings)}",
-                                  hint="name another file with --out, or remove it")
-            self.texts = {entry["i"]: entry["text"] for entry in map(json.loads, lines[1:])}
-        self._file = path.open("ab")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        stored = self._file.read()
+        # The last line may have been cut when a run was killed, were it the first.
+        whole = stored[: stored.rfind(b"\n") + 1]
+        first, *lines = stored.decode(errors="replace").split("\n")
+        if first != head and (whole or not head.startswith(first)):
+            self._file.close()
+            raise ConfigError(f"{path} has answers to something else: {_difference(first, settings)}",
+                              hint="name another file with --out, or remove it")
+        self.texts = {entry["i"]: entry["text"] for entry in map(json.loads, lines[:-1])}
         self._file.truncate(len(whole))
         if not whole:
             self._file.write(f"{head}\n".encode())

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from tritium.api.door import load_format
 from tritium.chat import ChatFormat
 from tritium.config import EngineConfig
-from tritium.core import PAGE_TOKENS, Request, RequestError, SamplingParams, StepPlan
+from tritium.core import PAGE_TOKENS, ConfigError, Request, RequestError, SamplingParams, StepPlan
 from tritium.engine import Engine
-from tritium.models.checkpoint import resolve
+from tritium.models.checkpoint import find_checkpoint, resolve
 
 CHUNK = 512
 """Tokens of which the logits of both models exist at a time."""
@@ -122,11 +122,14 @@ def text_format(config: EngineConfig) -> ChatFormat:
 
 def run(config: EngineConfig, text: str, *, window: int = 2048, limit: int | None = None) -> dict[str, Any]:
     """Compares the model of `config` with the same one not quantized, on `text` in windows of `window` tokens (at most
-    `limit` of them), each read from its own beginning."""
+    `limit` of them), each read from its own beginning. Raises `ConfigError` where it is quantized as published."""
     ids = text_format(config).encode(text)
     windows = [ids[i : i + window] for i in range(0, len(ids), window)][:limit]
     windows = [ids for ids in windows if len(ids) > 1]
     plain = dataclasses.replace(config, quantize=None, keep_bf16=(), quantize_also=())
+    if find_checkpoint(plain).config.schemes:
+        raise ConfigError(f"{config.model} is quantized already: it would be compared with itself",
+                          hint="name what it was made from: --quantize gives the same bits")
     figures = compare(plain, config, windows, longest=max(map(len, windows), default=2))
     told = {"model": config.model, "quantize": config.quantize, "keep_bf16": config.keep_bf16,
             "quantize_also": config.quantize_also, "windows": len(windows), "window": window}  # fmt: skip
