@@ -220,6 +220,8 @@ def test_globs_are_on_the_checkpoints_names(written: Path) -> None:
 def test_a_glob_that_matches_nothing_is_refused_with_what_is_near(written: Path) -> None:
     with pytest.raises(ConfigError, match=r"--keep-bf16 \*in_prj_qkv\* matches no .*\*\.linear_attn\.in_proj_qkv"):
         opened(written, "int8", keep_bf16=("*in_prj_qkv*",))
+    shape = EngineConfig(model="qwen3.6-27b", quantize="int8", keep_bf16=("model.language_model.layers.3.*",))
+    assert "layers.3.mlp.up_proj.weight" not in dict(find_checkpoint(shape, weights=False).config.schemes)
     for hopeless in ("*embed_tokens*", "*layernorm*", "*conv1d*", "*A_log"):
         with pytest.raises(ConfigError, match=r"--quantize-also .* matches no tensor that can be quantized"):
             opened(written, "int8", quantize_also=(hopeless,))

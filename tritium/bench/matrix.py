@@ -16,7 +16,7 @@ import torch
 from tritium.core import MOST_ENDS, SHORT_ROW, ConfigError
 from tritium.hw import named
 from tritium.hw.host import available_cores
-from tritium.models.checkpoint import fused_names
+from tritium.models.checkpoint import published_names
 from tritium.models.config import FULL, LINEAR, ModelConfig, parse_config
 from tritium.models.decoder import Decoder, allocate_caches
 from tritium.models.families import FAMILY, family_config
@@ -87,7 +87,7 @@ def launches(model: str, arch: str, steps: Sequence[Step] = STEPS, scheme: str =
         raise ConfigError(f"{model} is not a model of the family", hint=", ".join(FAMILY))
     config = replace(parse_config(raw), layer_types=(LINEAR, FULL))
     if scheme:  # what fp8 takes by default, which no scheme takes more than, and the head
-        fused = set(fused_names(config))
+        fused = published_names(config)
         could = {name: name for name in quantizable(config) if name in fused}
         chosen = select("fp8", (), [name for name in could if name == "lm_head.weight"], could)
         config = replace(config, schemes=tuple((name, scheme) for name in chosen))

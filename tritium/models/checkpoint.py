@@ -99,11 +99,11 @@ def find_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
         model = parse_config(read_json(text / "config.json"),
                              generation=read_json(generation) if generation.exists() else None)
         if (text / "tokenizer.json").exists():
-            return Checkpoint(text, _quantized(model, config, fused_names(model)), {}, is_dummy=True)
+            return Checkpoint(text, _quantized(model, config, published_names(model)), {}, is_dummy=True)
         text = resolve("tritium-dense")
     else:
         model = parse_config(raw)
-    model = _quantized(model, config, fused_names(model))
+    model = _quantized(model, config, published_names(model))
     return Checkpoint(text, model, {}, is_dummy=True, text_ids=int(read_json(text / "config.json")["vocab_size"]))
 
 
@@ -197,7 +197,7 @@ def table(checkpoint: Checkpoint, width: int) -> list[tuple[str, str, int]]:
     `width` an element of a matrix that is not quantized."""
     schemes, shapes = dict(checkpoint.config.schemes), parameter_shapes(checkpoint.config)
     places = placements(checkpoint.config)
-    loaded = [tensor.name for tensor in checkpoint.tensors] or fused_names(checkpoint.config)
+    loaded = [tensor.name for tensor in checkpoint.tensors] or list(published_names(checkpoint.config).values())
     found = []
     for name in loaded:
         place, scheme = places[canonical_name(name)], schemes.get(canonical_name(name))
@@ -209,16 +209,17 @@ def table(checkpoint: Checkpoint, width: int) -> list[tuple[str, str, int]]:
     return found
 
 
-def fused_names(config: ModelConfig) -> list[str]:
-    """Canonical names of a checkpoint's tensors where the experts of a layer are one tensor."""
-    return [name for name, place in placements(config).items() if place.expert is None]
+def published_names(config: ModelConfig) -> dict[str, str]:
+    """By canonical name, the names that tensors have in the family's own checkpoints, where the experts of a layer are
+    one tensor: for models of which only the shape is known."""
+    names = (name for name, place in placements(config).items() if place.expert is None)
+    return {n: n if n.startswith(("lm_head.", "mtp.")) else f"model.language_model.{n}" for n in names}
 
 
-def _quantized(config: ModelConfig, engine: EngineConfig | None, names: Iterable[str] | dict[str, str]) -> ModelConfig:
+def _quantized(config: ModelConfig, engine: EngineConfig | None, names: dict[str, str]) -> ModelConfig:
     if engine is None or engine.quantize is None:
         return config
-    told = names if isinstance(names, dict) else {name: name for name in names}
-    could = {name: told[name] for name in quantizable(config) if name in told}
+    could = {name: names[name] for name in quantizable(config) if name in names}
     chosen = select(engine.quantize, engine.keep_bf16, engine.quantize_also, could)
     return replace(config, schemes=tuple(chosen.items()))
 

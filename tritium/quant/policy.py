@@ -40,7 +40,8 @@ def select(scheme: str, keep: Sequence[str], also: Sequence[str], names: Mapping
                 known = sorted({pattern(name) for name in names.values()})
                 near = get_close_matches(glob, known, n=4, cutoff=0.2) or known[:4]
                 raise ConfigError(
-                    f"{flag} {glob} matches no tensor that can be quantized", hint=f"near: {', '.join(near)}"
+                    f"{flag} {glob} matches no tensor that can be quantized (embeddings, a head tied to them, norms "
+                    "and convolution cannot)", hint=f"near: {', '.join(near)}"
                 )
     stay = (*_KEPT, *_KEPT_BY.get(scheme, ()))
     return {
