@@ -146,6 +146,19 @@ def test_answers_go_to_new_directories_and_on_behind_a_torn_first_line(tmp_path:
     assert path.read_bytes() == head
 
 
+@pytest.mark.parametrize(("flags", "refusal"), [
+    (["--url", "localhost:8000"], "localhost:8000 is not an address"),
+    (["--url", "http://localhost:8000", "--quantize", "int8"], "does not take quantize=int8"),
+])  # fmt: skip
+def test_what_no_server_can_be_asked(flags: list[str], refusal: str, tmp_path: Path,
+                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    data = write(tmp_path / "data", PROBLEMS[:1])
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "gsm8k", "--data", str(data), "--shots", "0", "--model", MODEL, *flags])
+    assert ended.value.code == 2
+    assert refusal in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("chat", [[], ["--chat", "--no-thinking"]])
 def test_against_a_server(tmp_path: Path, chat: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "data", PROBLEMS)

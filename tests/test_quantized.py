@@ -303,6 +303,15 @@ def test_only_what_can_be_multiplied_comes_quantized(name: str, tmp_path: Path) 
         opened(tmp_path / "saved")
 
 
+def test_random_weights_are_not_quantized_silently(tmp_path: Path) -> None:
+    directory = random_checkpoint(tmp_path / "x", DENSE)
+    edit_config(directory, quantization_config=FP8)
+    dummy = EngineConfig(model=str(directory), load_format="dummy")
+    with pytest.raises(ConfigError, match="is fp8-block, as random weights are only where --quantize says so"):
+        find_checkpoint(dummy)
+    assert "fp8" in find_checkpoint(replace(dummy, quantize="fp8")).config.quantization
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is(written: Path, tmp_path: Path) -> None:
     there, to = tmp_path / "file", tmp_path / "to"
     there.write_text("mine")

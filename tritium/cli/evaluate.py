@@ -86,9 +86,13 @@ def gsm8k(data: Path, fewshot: Path | None, shots: int, limit: int | None, out: 
         raise ConfigError("--thinking and --no-thinking are for conversations", hint="--chat")
     if url is not None and named is None:
         raise ConfigError("--url needs the name of the server's model", hint="--model NAME")
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url} is not an address", hint=f"http://{url}")
 
     from tritium.eval import gsm8k as evaluation
 
+    if url is not None and (deciding := evaluation.engine_of(config)):
+        raise ConfigError(f"--url asks a server, which does not take {deciding}", hint="say it to tritium serve")
     problems, examples = evaluation.read(data)[:limit], evaluation.read(fewshot)[:shots] if fewshot and shots else []
     if len(examples) < shots or not problems:
         raise ConfigError(f"too few problems: {len(problems)} to solve, {len(examples)} of {shots} as examples")

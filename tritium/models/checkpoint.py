@@ -96,8 +96,11 @@ def find_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
         return open_checkpoint(text, config)
     if raw is None:
         generation = text / "generation_config.json"
-        model = parse_config(read_json(text / "config.json"),
-                             generation=read_json(generation) if generation.exists() else None)
+        told = read_json(text / "config.json")
+        model = parse_config(told, generation=read_json(generation) if generation.exists() else None)
+        if config.quantize is None and (layout := layout_of(told)):
+            raise ConfigError(f"{config.model} is {layout.scheme}, as random weights are only where --quantize says so",
+                              hint=f"--quantize {layout.scheme.removesuffix('-block')}")
         if (text / "tokenizer.json").exists():
             return Checkpoint(text, _quantized(model, config, published_names(model)), {}, is_dummy=True)
         text = resolve("tritium-dense")
