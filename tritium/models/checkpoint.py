@@ -150,15 +150,11 @@ def _download(model: str, revision: str | None, download_dir: str | None, files:
     except errors.RevisionNotFoundError as e:
         raise CheckpointError(f"{model} has no revision {revision}", hint="check --revision") from e
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
-        raise CheckpointError(
-            f"there is no directory {model}, and no such model on the hub (or it is private)",
-            hint="check the spelling, or log in with `hf auth login`",
-        ) from e
+        raise CheckpointError(f"there is no directory {model}, and no such model on the hub (or it is private)",
+                              hint="check the spelling, or log in with `hf auth login`") from e
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, ConnectionError) as e:
-        raise CheckpointError(
-            f"{at} is not in the local cache and the hub cannot be reached",
-            hint="check the network, or give a local directory",
-        ) from e
+        raise CheckpointError(f"{at} is not in the local cache and the hub cannot be reached",
+                              hint="check the network, or give a local directory") from e
     except (errors.HfHubHTTPError, OSError) as e:
         raise CheckpointError(f"downloading {at} failed: {_one_line(e)}", hint="run again to resume") from e
 
@@ -350,9 +346,7 @@ def _opened(file: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as e:
         if file.is_file() and file.open("rb").read(24).startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{file} is a git-lfs pointer, not weights", hint="run `git lfs pull`") from e
-        raise CheckpointError(
-            f"{file} is damaged or truncated: {_one_line(e)}", hint=_AGAIN
-        ) from e
+        raise CheckpointError(f"{file} is damaged or truncated: {_one_line(e)}", hint=_AGAIN) from e
 
 
 def _header(file: Path) -> list[StoredTensor]:
@@ -390,9 +384,7 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
         return torch.equal(file_a.get_tensor(a.name), file_b.get_tensor(b.name))
 
 
-def _account(
-    directory: Path, config: ModelConfig, stored: dict[str, StoredTensor]
-) -> dict[StoredTensor, Placement]:
+def _account(directory: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[StoredTensor, Placement]:
     """Pair tensors and regions; raise unless every tensor is used or ignored and every region filled once."""
     ignored = {name for name in stored if name.startswith(IGNORED)}
     tied = {"lm_head.weight"} if config.tied_embeddings else set()
@@ -403,15 +395,11 @@ def _account(
     used = {tensor: places[name] for name, tensor in stored.items() if name in places}
     for tensor, place in used.items():
         if tensor.dtype not in _DTYPES and not tensor.parts:
-            raise CheckpointError(
-                f"{tensor.file.name}: {tensor.name} is {tensor.dtype}, which is not supported",
-                hint=f"supported: {', '.join(_DTYPES)}",
-            )
+            raise CheckpointError(f"{tensor.file.name}: {tensor.name} is {tensor.dtype}, which is not supported",
+                                  hint=f"supported: {', '.join(_DTYPES)}")
         if tensor.shape != place.shape:
-            raise CheckpointError(
-                f"{tensor.file.name}: {tensor.name} has shape {list(tensor.shape)}, "
-                f"but config.json asks for {list(place.shape)}"
-            )
+            raise CheckpointError(f"{tensor.file.name}: {tensor.name} has shape {list(tensor.shape)}, "
+                                  f"but config.json asks for {list(place.shape)}")
     _check_filled_once(directory, config, places, stored)
     if ignored:
         log.warning("not loading %d tensors of the vision tower (visual.*): this is a text engine", len(ignored))
@@ -437,9 +425,7 @@ def _check_filled_once(
             absent = (name for name in sources[parameter] if name not in stored)
             missing += [name for name in absent if (places[name].expert is not None) == each]
     if missing:
-        raise CheckpointError(
-            f"{directory}: tensors are missing: {_some(missing)}", hint="is the download complete?"
-        )
+        raise CheckpointError(f"{directory}: tensors are missing: {_some(missing)}", hint="is the download complete?")
 
 
 def _stream(checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, Placement, list[torch.Tensor]]]:

@@ -10,7 +10,6 @@ from tritium.models.parameters import Placement, blocks, parameter_shapes
 from tritium.ops.quantized import (
     WEIGHT_ONLY,
     Quantized,
-    Scheme,
     Weight,
     Weights,
     empty,
@@ -43,13 +42,10 @@ def allocate(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | 
             if scheme is None:
                 parts.append(torch.empty(shape, dtype=dtype, device=device))
             else:
-                parts.append(empty(_served(scheme, features), shape, dtype, device))
+                served = scheme if "dot_fp8" in features else WEIGHT_ONLY.get(scheme.name, scheme)
+                parts.append(empty(served, shape, dtype, device))
         found[name] = tuple(parts) if len(parts) > 1 else parts[0]
     return found
-
-
-def _served(scheme: Scheme, features: frozenset[str]) -> Scheme:
-    return scheme if "dot_fp8" in features else WEIGHT_ONLY.get(scheme.name, scheme)
 
 
 def fill(weight: Weights, place: Placement, *source: torch.Tensor) -> None:
@@ -93,8 +89,7 @@ def _quantize(region: Quantized, source: torch.Tensor) -> None:
 
 def _take(region: Quantized, values: torch.Tensor, scales: torch.Tensor) -> None:
     kept = region.scheme.scales
-    if region.scheme.bits == 4:
-        values = values.view(torch.uint8)
+    values = values.view(torch.uint8) if region.scheme.bits == 4 else values
     region.values.copy_(values.reshape(region.values.shape))
     region.scales.copy_(scales.reshape(region.scales.shape))
     if kept == torch.uint8:
