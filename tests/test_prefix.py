@@ -101,6 +101,22 @@ def test_a_page_that_says_more_replaces_one_that_says_less() -> None:
     assert [tree.reuse(text(n)) for n in (70, 80, 90, 128, 200)] == [69, 79, 89, 127, 199]
 
 
+def test_a_match_is_told_that_its_page_is_gone() -> None:
+    """One who waits keeps its match while `version` stays; a page given back as a duplicate must change it."""
+    tree, ids = Tree(), text(64)
+    lease = tree.cache.acquire(tree.cache.match(cut(ids), 0))
+    [page] = table = tree.pages.allocate(1)
+    tree.cache.publish(lease, cut(ids), table, 40, tail=True)
+    tree.leave(ids)
+    seen, found = tree.cache.version, tree.cache.match(cut((*text(40), 5, 6)), 41)
+    tree.cache.publish(lease, cut(ids), table, 64, tail=False)
+    assert table != [page], "the tree had all of it"
+    assert tree.cache.version != seen
+    assert found.kv_length == 40
+    tree.cache.release(lease, table)
+    assert tree.pages.num_used == tree.cache.num_pages == 1
+
+
 def test_pages_go_from_the_leaves_up_and_take_their_checkpoints_along() -> None:
     tree = Tree(pages=4)
     tree.leave(text(128), 64, 128)

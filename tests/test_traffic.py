@@ -27,11 +27,12 @@ from serving import again, assemble, request
 from tritium.cache import pages_for
 from tritium.chat import load_chat
 from tritium.config import EngineConfig
-from tritium.core import CacheCall, FinishReason, Request, StepPlan
+from tritium.core import PAGE_TOKENS, CacheCall, FinishReason, Request, StepPlan
 from tritium.draft.depth import DepthPolicy
 from tritium.draft.proposers import ChainedProposer, HeadProposer, NgramProposer
 from tritium.engine import Engine
 from tritium.eval import tasks
+from tritium.sched.scheduler import Scheduler
 
 CACHES = ("off", "on", "restored", "evicted", "hosted")
 """evicted: too few pages for what runs; hosted: too few slots for the checkpoints, which come back from host memory."""
@@ -73,9 +74,20 @@ def drive(engine: Engine, requests: list[Request], arrive: list[int], leave: dic
             answer.logprobs += event.logprobs
             answer.prompt_logprobs += event.prompt_logprobs
             answer.reason = event.finish_reason
+        each_has_one_holder(engine.scheduler)
     stats = engine.stats()
     assert stats.pages_used == stats.slots_used == stats.running == stats.waiting == 0
     return list(answers.values())
+
+
+def each_has_one_holder(scheduler: Scheduler) -> None:
+    """Every page is free, or in one node of the tree, or one request's own."""
+    reuse, held = scheduler.reuse, list(scheduler._pages._free)
+    held += [node.page for node in reuse.cache.walk()]
+    for each, share in reuse._shares.items():
+        own = share.lease.node.end // PAGE_TOKENS + (share.lease.tail is not None)
+        held += each.pages[own:]
+    assert sorted(held) == list(range(1, len(held) + 1)), "a page has two holders, or none"
 
 
 class Oracle:

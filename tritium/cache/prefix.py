@@ -527,7 +527,6 @@ class PrefixCache:
         if not parent.nodes and not parent.locks:  # used no later than what followed it
             self._leaves[parent] = None
             self._leaves.move_to_end(parent, last=False)
-        self.version += 1
 
     def _forget(self, node: Node) -> None:
         """Gives the page of a node without locks back."""
@@ -535,6 +534,7 @@ class PrefixCache:
         self._pages.release((node.page,))
         self.num_pages -= 1
         self.num_evictable -= 1
+        self.version += 1
 
     @staticmethod
     def _unlink(node: Node) -> None:
