@@ -59,7 +59,8 @@ class Runner:
     @torch.inference_mode()
     def compile(self, max_rows: int, drafts: int, max_tokens: int, workers: int) -> None:
         """Compiles all kernels that steps of up to `max_rows` decode rows and `max_tokens` tokens need, `workers` at a
-        time, so that none is compiled on a request. Runs none of them; what Triton's cache has is not compiled again.
+        time, so that none is compiled on a request; what Triton's cache has is not compiled again. Then runs a short
+        prompt, twice, so that the first request is not the one to load libraries and fill caches.
 
         Kernels have other forms for other buckets of rows and tokens, and some for numbers that 16 divides."""
         from tritium.ops.kernels.launch import compiled_ahead
@@ -72,6 +73,8 @@ class Runner:
         with compiled_ahead(workers):
             for lengths in steps:
                 self._walk(lengths, max_rows * tokens[-1])
+        for _ in range(2):
+            self._walk(_PROMPTS[1:2], 1, range(len(self.model.layers)))
 
     @torch.inference_mode()
     def compile_for(
@@ -85,10 +88,9 @@ class Runner:
                 with trial(parameters):
                     self._walk(lengths, len(lengths))
 
-    def _walk(self, lengths: tuple[int, ...], draws: int) -> None:
-        """Calls all ops of a step, each kind of layer once."""
-        config, device = self.model.config, self.model.device
-        layers = config.first_of_each_kind
+    def _walk(self, lengths: tuple[int, ...], draws: int, layers: Sequence[int] = ()) -> None:
+        """Calls all ops of a step, each kind of layer once or these layers, on page 0 and slot 0."""
+        device, layers = self.model.device, layers or self.model.config.first_of_each_kind
         nothing = (0,) * len(lengths)
         spans = Spans(lengths, nothing, nothing, ((0,) * (16 + max(lengths) // 64),) * len(lengths), device)
         ids_T = torch.zeros(spans.num_tokens, dtype=torch.int64, device=device)

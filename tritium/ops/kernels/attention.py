@@ -157,21 +157,29 @@ def _merge(parts, weights, gate, o, lengths_R, contexts_R, since_R, starts_R, ga
 
 
 @triton.jit
-def _pages(o, total, top, query, queries, asked, position, k_pages, v_pages, table, low, high, early, skipped, since,
-           stop, g, scale, d, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-           M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Steps [low, high) of KEYS keys. Where masked, the first `skipped` of them stand for steps from `early` on."""
+def _pages(o, total, top, query, queries, asked, position, k_pages, v_pages, k_rows, v_rows, table, low, high, early,
+           skipped, since, stop, g, scale, d, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+           KEYS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BULK: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
+    """Steps [low, high) of KEYS keys. Where masked, the first `skipped` of them stand for steps from `early` on; the
+    others come by the copy engine if BULK."""
     STEPS: tl.constexpr = PAGE // KEYS
     for i in tl.range(low, high):
         step = tl.where(i < low + skipped, early + i - low, i) if MASKED else i
         page = tl.load(table + step // STEPS).to(tl.int64)
         place = (page * G + g) * (PAGE * D) + step % STEPS * (KEYS * D)
-        scores = _scores(query, queries, asked, k_pages, place, d, D, BLOCK_D, M, KEYS, CHUNK)
+        if BULK and not MASKED:
+            row = ((page * G + g) * PAGE + step % STEPS * KEYS).to(tl.int32)
+            scores = tl.dot(query, tl.trans(k_rows.load([row, 0])), input_precision="ieee")
+        else:
+            scores = _scores(query, queries, asked, k_pages, place, d, D, BLOCK_D, M, KEYS, CHUNK)
         if MASKED:
             key = step * KEYS + tl.arange(0, KEYS)
             live = (key >= since) & (key < stop)
             v = _live_rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
             scores = tl.where(live[None, :] & (key[None, :] <= position[:, None]), scores, -float("inf"))
+        elif BULK:
+            v = v_rows.load([row, 0])
         else:
             v = _rows(v_pages, place, d, D, BLOCK_D, KEYS)
         o, total, top = _absorb(o, total, top, scores, v, scale)
@@ -188,10 +196,10 @@ def _gated(value, gate, gate_token, o, asked, d, M: tl.constexpr, N: tl.constexp
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def _prefill(q, gate, k_pages, v_pages, o, tiles_2X, contexts_R, lengths_R, since_R, starts_R, pages_RP, q_token,
-             q_head, gate_token, gate_head, width, tiles, scale, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-             PAGE: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
-             pdl: tl.constexpr):  # fmt: skip
+def _prefill(q, gate, k_pages, v_pages, k_rows, v_rows, o, tiles_2X, contexts_R, lengths_R, since_R, starts_R,
+             pages_RP, q_token, q_head, gate_token, gate_head, width, tiles, scale, N: tl.constexpr, G: tl.constexpr,
+             D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
+             CHUNK: tl.constexpr, BULK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     HEADS: tl.constexpr = N // G
     # Programs that run side by side read the same keys: heads of a group first, groups last.
     program = tl.program_id(0)
@@ -214,13 +222,13 @@ def _prefill(q, gate, k_pages, v_pages, o, tiles_2X, contexts_R, lengths_R, sinc
     skipped = ((since % KEYS > 0) & (first < full)).to(tl.int32)
     tail, table = tl.maximum(first, full), pages_RP + r * width
     o_MD, total, top = _pages(
-        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, first + skipped, full, first, 0,
-        since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, False,
+        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, k_rows, v_rows, table, first + skipped,
+        full, first, 0, since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, BULK, False,
     )  # fmt: skip
     o_MD, total, top = _pages(
-        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, tail - skipped,
+        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, k_rows, v_rows, table, tail - skipped,
         tl.cdiv(tl.minimum(begin + M, stop), KEYS), first, skipped, since, stop, g,
-        scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, True,
+        scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, BULK, True,
     )  # fmt: skip
     release_next(pdl)
     o_MD = o_MD * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
@@ -262,7 +270,7 @@ def _parameters(op: str, q_TND: torch.Tensor, **key: int) -> dict[str, Any]:
     """Those of `op`; smaller tiles for 32-bit numbers, which no model is served with and no tensor core multiplies."""
     found = parameters(op, q_TND, **key)
     if q_TND.dtype == torch.float32:
-        most = {"KEYS": 32, "CHUNK": 64, "M": 32, "queries": 32, "num_stages": 1}
+        most = {"KEYS": 32, "CHUNK": 64, "BULK": 0, "M": 32, "queries": 32, "num_stages": 1}
         found |= {name: min(value, most[name]) for name, value in found.items() if name in most}
     return found
 
@@ -319,10 +327,17 @@ def _long_rows(
     size, table = found["M"], spans.table
     tiles_2X = spans.cached(f"attention_tiles_{size}", lambda spans: _query_tiles(spans, size))
     tiles = tiles_2X.shape[1]
+    rows: Any = (k_pages, v_pages)
+    if found["BULK"]:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        dim = q_TND.shape[2]
+        rows = [TensorDescriptor.from_tensor(x.view(-1, dim), [found["KEYS"], dim]) for x in (k_pages, v_pages)]
     launch(
-        _prefill, (q_TND.shape[1] * tiles,), q_TND, gate_TND, k_pages, v_pages, o_TND, tiles_2X, table.contexts_R,
-        table.lengths_R, table.since_R, table.starts_R, table.pages_RP, q_TND.stride(0), q_TND.stride(1),
-        gate_TND.stride(0), gate_TND.stride(1), table.pages_RP.stride(0), tiles, scale, **constants, **found,
+        _prefill, (q_TND.shape[1] * tiles,), q_TND, gate_TND, k_pages, v_pages, *rows, o_TND, tiles_2X,
+        table.contexts_R, table.lengths_R, table.since_R, table.starts_R, table.pages_RP, q_TND.stride(0),
+        q_TND.stride(1), gate_TND.stride(0), gate_TND.stride(1), table.pages_RP.stride(0), tiles, scale, **constants,
+        **found,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.spans import Spans
 
 
@@ -73,9 +73,9 @@ def attention_inputs(
     together = found.pop("heads")
     q_TND = torch.empty((tokens, heads, dim), dtype=x_TE.dtype, device=x_TE.device)
     launch(
-        _attention_inputs, (tokens, triton.cdiv(heads + groups, together)), x_TE, q_norm_D, k_norm_D, table_LF2, q_TND,
+        _attention_inputs, (tokens, cdiv(heads + groups, together)), x_TE, q_norm_D, k_norm_D, table_LF2, q_TND,
         k_pages, v_pages, table.row_T, table.position_T, table.pages_RP, eps, x_TE.stride(0), table.pages_RP.stride(0),
         N=heads, G=groups, D=dim, F=table_LF2.shape[1], PAGE=page, HEADS=together,
-        BLOCK=triton.next_power_of_2(dim), **found,
+        BLOCK=power_of_2(dim), **found,
     )  # fmt: skip
     return q_TND, x_TE.as_strided((tokens, heads, dim), (x_TE.stride(0), 2 * dim, 1), x_TE.storage_offset() + dim)

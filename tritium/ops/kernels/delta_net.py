@@ -11,14 +11,12 @@ longer than G - (W - 1), then a second launch writes them; pending inputs are pe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from tritium.ops.gdn import L2_EPS
-from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import bucket, cdiv, launch, parameters, release_next, wait_for_inputs
 from tritium.ops.spans import Spans
 
 WIDTH = 4
@@ -264,39 +262,18 @@ def delta_net(
     key_heads: int,
 ) -> torch.Tensor:
     """Needs four taps, dk and dv powers of two, dense pools."""
-    heads, value = len(A_log_N), len(norm_V)
-    y_TM = x_TE.new_empty(len(x_TE), heads * value)
-    given: dict[str, Any] = {
-        "x_TE": x_TE, "conv_CW": conv_CW, "A_log_N": A_log_N, "dt_bias_N": dt_bias_N, "norm_V": norm_V, "eps": eps,
-        "state": state, "conv": conv, "pending": pending, "spans": spans, "key_heads": key_heads, "y_TM": y_TM,
-    }  # fmt: skip
-    if spans.num_short:
-        _short(**given)
-    if spans.num_short < spans.num_rows:
-        from tritium.ops.kernels import gdn_chunk
-
-        gdn_chunk.prefill(**given)
-    return y_TM
-
-
-def _short(
-    *,
-    x_TE: torch.Tensor,
-    conv_CW: torch.Tensor,
-    A_log_N: torch.Tensor,
-    dt_bias_N: torch.Tensor,
-    norm_V: torch.Tensor,
-    eps: float,
-    state: torch.Tensor,
-    conv: torch.Tensor,
-    pending: torch.Tensor,
-    spans: Spans,
-    key_heads: int,
-    y_TM: torch.Tensor,
-) -> None:
     (heads, key, value), (channels, width), rows = state.shape[1:], conv_CW.shape, spans.num_short
     if width != WIDTH:
         raise ValueError(f"the kernel's convolution has {WIDTH} taps, not {width}")
+    y_TM = x_TE.new_empty(len(x_TE), heads * value)
+    if rows < spans.num_rows:
+        from tritium.ops.kernels import gdn_chunk
+
+        qkv_TC, z_TM, b_TN, a_TN = x_TE.split([channels, heads * value, heads, heads], dim=-1)
+        gdn_chunk.run(gdn_chunk.plan(spans, rows), qkv_TC, conv_CW, conv, a_TN, b_TN, A_log_N, dt_bias_N, state,
+                      key_heads, (z_TM, norm_V, eps), y_TM)  # fmt: skip
+    if not rows:
+        return y_TM
     tokens, ring, table = max(spans.lengths[:rows]), conv.shape[1], spans.table
     name, depth = "delta_net.step" if tokens == 1 else "delta_net.drafts", pending.shape[1]
     chosen = parameters(name, x_TE, heads=heads, rows=bucket(rows), drafts=int(depth > 0))
@@ -311,7 +288,8 @@ def _short(
     if aside:
         block = 1024
         launch(
-            _ring, (triton.cdiv(channels, block), rows), x_TE, conv, table.starts_R, table.lengths_R, table.contexts_R,
+            _ring, (cdiv(channels, block), rows), x_TE, conv, table.starts_R, table.lengths_R, table.contexts_R,
             table.slots_R, x_TE.stride(0), C=channels, G=ring, BLOCK=block, num_warps=4, num_stages=1,
             pdl=chosen["pdl"],
         )  # fmt: skip
+    return y_TM

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from tritium.ops.gdn import L2_EPS
-from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import cdiv, launch, parameters, release_next, wait_for_inputs
 from tritium.ops.spans import Spans
 
 CHUNK = 64
@@ -301,10 +301,9 @@ def _advance(state, qk, mix, v, decay, scale, h, rows, segments, N: tl.constexpr
 
 @triton.jit
 def _outputs(qk, v, h, decay, z, z_stride, norm, eps, y, chunks, N: tl.constexpr, NK: tl.constexpr, DK: tl.constexpr,
-             DV: tl.constexpr, GATED: tl.constexpr, keys: tl.constexpr, stages: tl.constexpr, ahead: tl.constexpr,
+             DV: tl.constexpr, GATED: tl.constexpr, keys: tl.constexpr, stages: tl.constexpr,
              pdl: tl.constexpr):  # fmt: skip
-    """y of one chunk and value head: from the state before it and from its own tokens, then the gated norm. What is
-    used last is loaded first, `ahead`, where there are registers for it."""
+    """y of one chunk and value head: from the state before it and from its own tokens, then the gated norm."""
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     base = chunk * N + head
     t, d, e = tl.arange(0, C64), tl.arange(0, keys), tl.arange(0, DV)
@@ -314,8 +313,6 @@ def _outputs(qk, v, h, decay, z, z_stride, norm, eps, y, chunks, N: tl.constexpr
     in_h = h + (base * DV + e[:, None]) * DK + d[None, :]
     in_v, in_z = v + (base * DV + e[:, None]) * C64 + t[None, :], z + token * z_stride + head * DV + e[None, :]
     wait_for_inputs(pdl)
-    if ahead and GATED:
-        gate = tl.load(in_z, mask=live, other=0.0)
     weights, o = tl.zeros((C64, C64), tl.float32), tl.zeros((C64, DV), tl.float32)
     for piece in tl.range(DK // keys, num_stages=stages):
         q, k = tl.load(in_q + piece * keys), tl.load(in_q + NK * C64 * DK + piece * keys)
@@ -329,35 +326,11 @@ def _outputs(qk, v, h, decay, z, z_stride, norm, eps, y, chunks, N: tl.constexpr
     o *= tl.exp2(total.to(tl.float32))[:, None]
     o = tl.dot(weights, tl.trans(new), o, input_precision="ieee")
     if GATED:
-        if not ahead:
-            gate = tl.load(in_z, mask=live, other=0.0)
-        gate = gate.to(tl.float32)
+        gate = tl.load(in_z, mask=live, other=0.0).to(tl.float32)
         o = o * tl.rsqrt(tl.sum(o * o, 1) / DV + eps)[:, None] * tl.load(norm + e)[None, :]
         o = o * gate * _sigmoid(gate, z.dtype.element_ty == tl.float32)
     release_next(pdl)
     tl.store(y + (token * N + head) * DV + e[None, :], o.to(y.dtype.element_ty), mask=live)
-
-
-def prefill(
-    *,
-    x_TE: torch.Tensor,
-    conv_CW: torch.Tensor,
-    A_log_N: torch.Tensor,
-    dt_bias_N: torch.Tensor,
-    norm_V: torch.Tensor,
-    eps: float,
-    state: torch.Tensor,
-    conv: torch.Tensor,
-    pending: torch.Tensor,
-    spans: Spans,
-    key_heads: int,
-    y_TM: torch.Tensor,
-) -> None:
-    """The long rows of op `delta_net`: fills their y, updates `state` and `conv` in place. `pending` stays as it is."""
-    heads = len(A_log_N)
-    qkv_TC, z_TM, b_TN, a_TN = x_TE.split([len(conv_CW), y_TM.shape[1], heads, heads], dim=-1)
-    _run(plan(spans, spans.num_short), qkv_TC, conv_CW, conv, a_TN, b_TN, A_log_N, dt_bias_N, state, key_heads,
-         (z_TM, norm_V, eps), y_TM)  # fmt: skip
 
 
 def gdn(
@@ -375,13 +348,15 @@ def gdn(
     """The recurrence alone, for rows of any length without drafts: what tests and benchmarks call."""
     _, heads, _, value = state.shape
     o_TNV = torch.empty(len(qkv_TC), heads, value, dtype=torch.float32, device=qkv_TC.device)
-    _run(plan(spans, 0), qkv_TC, None, None, a_TN, b_TN, A_log_N, dt_bias_N, state, key_heads, None, o_TNV)
+    run(plan(spans, 0), qkv_TC, None, None, a_TN, b_TN, A_log_N, dt_bias_N, state, key_heads, None, o_TNV)
     return o_TNV
 
 
-def _run(plan: Plan, x: torch.Tensor, conv_CW: torch.Tensor | None, conv: torch.Tensor | None, a: torch.Tensor,
-         b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, state: torch.Tensor, key_heads: int,
-         gate: tuple[torch.Tensor, torch.Tensor, float] | None, y: torch.Tensor) -> None:  # fmt: skip
+def run(plan: Plan, x: torch.Tensor, conv_CW: torch.Tensor | None, conv: torch.Tensor | None, a: torch.Tensor,
+        b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, state: torch.Tensor, key_heads: int,
+        gate: tuple[torch.Tensor, torch.Tensor, float] | None, y: torch.Tensor) -> None:  # fmt: skip
+    """Fills y of the rows in `plan`, [T, N, dv] or as wide; updates `state` and `conv` in place. `gate`: z, the weights
+    and eps of the gated norm."""
     _, N, DK, DV = state.shape
     count, rows, channels, exact = len(plan.chunks), len(plan.rows), x.shape[1], x.dtype == torch.float32
     width, ring = (0, 1) if conv_CW is None or conv is None else (conv_CW.shape[1], conv.shape[1])
@@ -414,7 +389,7 @@ def _run(plan: Plan, x: torch.Tensor, conv_CW: torch.Tensor | None, conv: torch.
     if width:
         options = parameters("gdn.keep", x, **key)
         launch(
-            _keep, (rows, triton.cdiv(channels, options["block"])), x, x.stride(0), conv, plan.rows, plan.segments,
+            _keep, (rows, cdiv(channels, options["block"])), x, x.stride(0), conv, plan.rows, plan.segments,
             channels, **taps, **options,
         )  # fmt: skip
     options = parameters("gdn.chunk_state", x, **key)

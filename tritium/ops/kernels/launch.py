@@ -103,10 +103,20 @@ def _probed(device: str) -> Target:
     return probe(device)
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. Triton's own is for kernels too, and slow here: every launch would wait for it some microseconds."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n > 0."""
+    return 1 << (n - 1).bit_length()
+
+
 def bucket(count: int) -> int:
     """The number of rows or tokens that launch parameters go by: the next power of 2, as graphs have. What divides a
     sum then does not depend on whether a step comes from a graph."""
-    return triton.next_power_of_2(count)
+    return power_of_2(count)
 
 
 def parameters(op: str, x: torch.Tensor, **key: int) -> dict[str, Any]:

@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.launch import (
+    bucket,
+    cdiv,
+    launch,
+    parameters,
+    power_of_2,
+    release_next,
+    target_of,
+    wait_for_inputs,
+)
 from tritium.ops.kernels.mlp import silu, silu_mul
 from tritium.ops.kernels.norm import rms_norm
 from tritium.ops.quantized import Quantized, Weight, Weights
@@ -231,12 +240,12 @@ def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def _add(residual, product, y, size, BLOCK: tl.constexpr, pdl: tl.constexpr):
+def _add(residual, product, size, BLOCK: tl.constexpr, pdl: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wait_for_inputs(pdl)
     total = tl.load(residual + i, mask=i < size).to(tl.float32) + tl.load(product + i, mask=i < size).to(tl.float32)
     release_next(pdl)
-    tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
+    tl.store(residual + i, total.to(residual.dtype.element_ty), mask=i < size)
 
 
 def linear(
@@ -250,7 +259,7 @@ def linear(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """y_MN in `dtype`, else in the residual's, else in w's; up to FEW rows are rounded once, to it. All but x (strided
-    rows) are contiguous."""
+    rows) are contiguous. The result may take the residual's place."""
     if isinstance(w_JK, tuple) and not isinstance(w_JK, Quantized):
         return _blocks(x_MK, w_JK, norm_K, eps, gated, residual_MN, dtype)
     M, K = x_MK.shape
@@ -266,7 +275,7 @@ def linear(
     if M == 1:
         found = parameters("linear.gemv", w_JK, N=N, K=K, gated=int(gated))
         rows = found.pop("rows")
-        kernel, grid = _one, triton.cdiv(N, rows)
+        kernel, grid = _one, cdiv(N, rows)
         sizes = {"ROWS": rows, "COLUMNS": found.pop("columns")}
         strides: tuple[int, ...] = ()
     else:
@@ -276,10 +285,10 @@ def linear(
             x_MK, norm_K = _normalised(x_MK, w_JK, norm_K, eps), None
         rows, depth = found.pop("rows"), found.pop("depth")
         valid = _fitting(N, rows // (1 + gated), found.pop("per_core") * target_of(w_JK).cores)
-        kernel, grid, strides = _few, triton.cdiv(N, valid), (M, x_MK.stride(0))
+        kernel, grid, strides = _few, cdiv(N, valid), (M, x_MK.stride(0))
         # float32 goes without tensor cores: a thread holds its operands, so fewer at a time.
         sizes = {
-            "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), triton.next_power_of_2(M)),
+            "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), power_of_2(M)),
             "DEPTH": max(16, depth // 4) if w_JK.dtype == torch.float32 else depth,
         }  # fmt: skip
     prefetch = found.pop("prefetch", 0)
@@ -337,8 +346,8 @@ def _fitting(size: int, tile: int, programs: int) -> int:
     where `programs` is 0."""
     if not programs:
         return tile
-    waves = triton.cdiv(size, tile * programs)
-    return min(tile, triton.cdiv(triton.cdiv(size, waves * programs), 4) * 4)
+    waves = cdiv(size, tile * programs)
+    return min(tile, cdiv(cdiv(size, waves * programs), 4) * 4)
 
 
 def _many(
@@ -349,14 +358,18 @@ def _many(
     gated: bool,
     residual_MN: torch.Tensor | None,
 ) -> torch.Tensor:
-    y_MN = F.linear(_normalised(x_MK, w_JK, norm_K, eps), w_JK)
+    x_MK = _normalised(x_MK, w_JK, norm_K, eps)
+    # Added as it leaves the matrix units, unrounded, without a pass over both. Long sums in float32 lose more than that
+    # gains (8192 tokens on an H200: 0.78 ms for 0.73 + 0.10 where K is 6144; 2.14 for 1.87 + 0.10 where it is 17408).
+    narrow = x_MK.is_cuda and torch.version.hip is None and w_JK.dtype != torch.float32 and x_MK.shape[1] <= 8192
+    if residual_MN is not None and not gated and narrow:
+        return torch.addmm(residual_MN, x_MK, w_JK.t(), out_dtype=residual_MN.dtype, out=residual_MN)
+    y_MN = F.linear(x_MK, w_JK)
     if gated:
         y_MN = silu_mul(x_TJ=y_MN)
     if residual_MN is None:
         return y_MN
-    total_MN = torch.empty_like(residual_MN)
     found = parameters("linear.add", w_JK)
-    block = found.pop("columns")
-    size = y_MN.numel()
-    launch(_add, (triton.cdiv(size, block),), residual_MN, y_MN, total_MN, size, BLOCK=block, **found)
-    return total_MN
+    block, size = found.pop("columns"), y_MN.numel()
+    launch(_add, (cdiv(size, block),), residual_MN, y_MN, size, BLOCK=block, **found)
+    return residual_MN

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import cdiv, launch, parameters, release_next, wait_for_inputs
 
 
 @triton.jit
@@ -34,5 +34,5 @@ def silu_mul(*, x_TJ: torch.Tensor) -> torch.Tensor:
     y_TI = torch.empty((T, I), dtype=x_TJ.dtype, device=x_TJ.device)
     found = parameters("silu_mul", x_TJ, I=I)
     block = found.pop("columns")
-    launch(_silu_mul, (T, triton.cdiv(I, block)), x_TJ, y_TI, x_TJ.stride(0), I=I, BLOCK=block, **found)
+    launch(_silu_mul, (T, cdiv(I, block)), x_TJ, y_TI, x_TJ.stride(0), I=I, BLOCK=block, **found)
     return y_TI

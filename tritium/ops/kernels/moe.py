@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.kernels.linear import by_eights
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.quantized import Weights, row_blocks
@@ -27,13 +27,13 @@ LOWEST = tl.constexpr(-(2**31))
 def lanes_of(experts: int) -> tuple[int, int]:
     """(lanes, parts): keys of a token lie in [lanes, parts], so that one warp holds 4 neighbouring lanes a thread and
     finds their largest without the other warps."""
-    lanes = max(128, triton.next_power_of_2(experts) // 4)
-    return lanes, triton.next_power_of_2(triton.cdiv(experts, lanes))
+    lanes = max(128, power_of_2(experts) // 4)
+    return lanes, power_of_2(cdiv(experts, lanes))
 
 
 def logits_stride(experts: int) -> int:
     """Columns of a row of logits; at least E + 2."""
-    return triton.cdiv(experts + 2, 16) * 16
+    return cdiv(experts + 2, 16) * 16
 
 
 @triton.jit
@@ -251,20 +251,20 @@ def _one(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.
     y_TH = torch.empty_like(x_TH)
 
     route = parameters("moe.route1", x_TH, H=H)
-    route["BLOCK"] = min(route["BLOCK"], triton.next_power_of_2(H))
-    programs = triton.cdiv(E + 1, 2 * route["ROWS"]) + triton.cdiv(S, route["ROWS"])
+    route["BLOCK"] = min(route["BLOCK"], power_of_2(H))
+    programs = cdiv(E + 1, 2 * route["ROWS"]) + cdiv(S, route["ROWS"])
     launch(_route_one, (programs,), x_TH, norm_H, router_FH, shared_gate_up_SH, logits, inner_shared, eps,
            H=H, E=E, S=S, **route)  # fmt: skip
 
     choice = {"E": E, "K": k, "I": I, "H": H, "STRIDE": len(logits), "LANES": lanes, "PARTS": parts}
     up = parameters("moe.up1", x_TH, H=H, I=I)
-    up["BLOCK"] = min(up["BLOCK"], triton.next_power_of_2(H))
-    launch(_up_one, (k * triton.cdiv(I, up["ROWS"]),), x_TH, norm_H, logits, gate_up_EJH, inner, eps,
+    up["BLOCK"] = min(up["BLOCK"], power_of_2(H))
+    launch(_up_one, (k * cdiv(I, up["ROWS"]),), x_TH, norm_H, logits, gate_up_EJH, inner, eps,
            COPIES=up["num_warps"], **choice, **up)  # fmt: skip
 
     down = parameters("moe.down1", x_TH, H=H, I=I)
     down["ROWS"] = max(1, down["ROWS"] * 2 // down_EHI.element_size())
-    launch(_down_one, (triton.cdiv(H, down["ROWS"]),), x_TH, logits, down_EHI, shared_down_HS, inner, inner_shared,
-           y_TH, S=S, BLOCK=max(8, triton.next_power_of_2(I)), BLOCK_S=max(8, triton.next_power_of_2(S)),
+    launch(_down_one, (cdiv(H, down["ROWS"]),), x_TH, logits, down_EHI, shared_down_HS, inner, inner_shared,
+           y_TH, S=S, BLOCK=max(8, power_of_2(I)), BLOCK_S=max(8, power_of_2(S)),
            COPIES=down["num_warps"], EARLY=up["pdl"] == 1 and down["pdl"] > 0, **choice, **down)  # fmt: skip
     return y_TH

@@ -25,7 +25,16 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import EXACT, bucket, launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import (
+    EXACT,
+    bucket,
+    cdiv,
+    launch,
+    parameters,
+    power_of_2,
+    release_next,
+    wait_for_inputs,
+)
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import LOWEST, keys, lanes_of, logits_stride, next_expert
 from tritium.ops.kernels.norm import rms_norm
@@ -345,7 +354,7 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
     route = _tiled("moe.route", x_TH, dtype, H, T=like)
     # float16 has no room for values that are not normalised yet.
     fused = route["FUSED"] = bool(route["FUSED"] and together and plain and dtype != torch.float16)
-    steps = triton.cdiv(H, route["BLOCK"]) if fused else 1
+    steps = cdiv(H, route["BLOCK"]) if fused else 1
     logits = x_TH.new_empty(steps, T, logits_stride(E))
     h_TH = torch.empty_like(x_TH, dtype=dtype)
     given: tuple[torch.Tensor, torch.Tensor | None] = h_TH, None
@@ -354,7 +363,7 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
     elif not fused:
         h_TH = rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps, dtype=dtype)
         given = h_TH, None
-    grid: tuple[int, ...] = (triton.cdiv(E + 1, route["ROWS"]), triton.cdiv(T, route["TOKENS"]), steps)
+    grid: tuple[int, ...] = (cdiv(E + 1, route["ROWS"]), cdiv(T, route["TOKENS"]), steps)
     launch(_route, grid, x_TH if fused else h_TH, norm_H, router_FH, h_TH, logits, T,
            H=H, F=E + 1, STRIDE=logits.shape[2], PRECISION=EXACT, **route)  # fmt: skip
 
@@ -370,7 +379,7 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
     choose = parameters("moe.choose", x_TH, E=E, T=like)
     choose["TOKENS"] = 1 if few else choose["TOKENS"]
     choose["num_warps"] = min(choose["num_warps"], choose["TOKENS"])
-    blocks, ranks = triton.cdiv(T, choose["TOKENS"]), triton.next_power_of_2(k)
+    blocks, ranks = cdiv(T, choose["TOKENS"]), power_of_2(k)
     weights, scales = x_TH.new_empty(T, k + 1), x_TH.new_empty(T)
     experts, chosen, order, tiles = (
         torch.empty(n, dtype=torch.int32, device=device) for n in (pairs, blocks * lanes * parts, pairs, 4 * most + 4)
@@ -379,7 +388,7 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
     launch(_choose, (blocks,), logits, experts, weights, chosen, scales, T, eps, H=H, E=E, RANKS=ranks,
            STRIDE=logits.shape[2], STEPS=steps if fused else 0, COUNT=not few, **shape, **choose)  # fmt: skip
     if not few:
-        step = min(32, triton.next_power_of_2(blocks))
+        step = min(32, power_of_2(blocks))
         launch(_place, (blocks,), experts, chosen, order, tiles, T, TILE=tile, STEP=step, **shape, **choose)
 
     rows = pairs + (T if together else 0)
@@ -402,14 +411,14 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
             options |= {"KIND": "", "GROUP": 0, "SHARING": 1, "ROUND": False}
         options |= {"EACH": stored[0][0].numel(), "EACH_SCALES": stored[1][0].numel()}
         x, x_scales = given[0], scales if given[1] is None else given[1]
-        programs = triton.cdiv(n, options["ROWS"])
+        programs = cdiv(n, options["ROWS"])
         if few:
             groups = min(E, pairs, slots) + together
             launch(_grouped_few, (groups * programs,), x, *stored, *of_shared, y, x_scales, experts, chosen, T, groups,
-                   1 - together, pairs, RANKS=ranks, WORDS=lanes * parts // 32, FEW=triton.next_power_of_2(T),
+                   1 - together, pairs, RANKS=ranks, WORDS=lanes * parts // 32, FEW=power_of_2(T),
                    **options)  # fmt: skip
         else:
-            shared_tiles = triton.cdiv(T, tile) if together else 0
+            shared_tiles = cdiv(T, tile) if together else 0
             launch(_grouped, ((shared_tiles + most) * programs,), x, *stored, *of_shared, y, x_scales, order, tiles, T,
                    shared_tiles, pairs, **options)  # fmt: skip
     if together:
@@ -420,8 +429,8 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
 
     y_TH = torch.empty_like(x_TH)
     last = parameters("moe.combine", x_TH, T=like)
-    last["BLOCK"] = min(last["BLOCK"], triton.next_power_of_2(H))
-    grid = (T, triton.cdiv(H, last["BLOCK"]))
+    last["BLOCK"] = min(last["BLOCK"], power_of_2(H))
+    grid = (T, cdiv(H, last["BLOCK"]))
     launch(_combine, grid, x_TH, weights, out, out_shared, y_TH, H=H, K=k, **last)
     return y_TH
 
@@ -431,5 +440,5 @@ def _tiled(name: str, x: torch.Tensor, dtype: torch.dtype, width: int, **key: in
     columns at a time."""
     found = parameters(name, x, **key)
     found["ROWS"] = max(16, found["ROWS"] * 2 // dtype.itemsize)
-    found["BLOCK"] = max(16, min(found["BLOCK"] * 2 // dtype.itemsize, triton.next_power_of_2(width)))
+    found["BLOCK"] = max(16, min(found["BLOCK"] * 2 // dtype.itemsize, power_of_2(width)))
     return found

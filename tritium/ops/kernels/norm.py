@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import launch, parameters, power_of_2, release_next, wait_for_inputs
 
 
 @triton.jit
@@ -46,6 +46,6 @@ def _launch(x: torch.Tensor, w_D: torch.Tensor, z: torch.Tensor | None, eps: flo
     y_MD = torch.empty(x_MD.shape, dtype=dtype, device=x.device)
     launch(
         _rms_norm, (len(x_MD),), x_MD, w_D, z_MD, y_MD, eps, x_MD.stride(0), z_MD.stride(0),
-        D=size, BLOCK=triton.next_power_of_2(size), GATED=z is not None, **parameters("norm", x, D=size),
+        D=size, BLOCK=power_of_2(size), GATED=z is not None, **parameters("norm", x, D=size),
     )  # fmt: skip
     return y_MD.view(x.shape)

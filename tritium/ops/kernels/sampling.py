@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import bucket, cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.sampling import Edits, check_vocabulary, edited
 
 _ID_BITS = tl.constexpr(19)
@@ -376,10 +376,10 @@ def sample(
     tall = {**parameters("sample.rows", logits_SV, V=vocab, S=bucket(rows)), **chosen}
     block, room = wide.pop("block"), tall.pop("room")
     wide.pop("room", None), tall.pop("block", None)
-    blocks = triton.cdiv(vocab, block)
+    blocks = cdiv(vocab, block)
     size = {"V": vocab, "MASKED": allowed_SW is not None}
     split = {**size, "B": blocks, "BLOCK": block}
-    every = triton.next_power_of_2(blocks)
+    every = power_of_2(blocks)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int64, device=logits_SV.device)
@@ -390,7 +390,7 @@ def sample(
     allowed = state_S3 if allowed_SW is None else allowed_SW.contiguous()
     strides = (logits_SV.stride(0), allowed.stride(0))
     grid, limits = (rows, blocks), (top_k_S, top_p_S)
-    share = triton.next_power_of_2(triton.cdiv(2 * _BINS, blocks))
+    share = power_of_2(cdiv(2 * _BINS, blocks))
     launch(_peaks, grid, logits_SV, allowed, best_SB, state_S3, tally_S2D, temperature_S, *strides,
            SHARE=share, **split, **wide)  # fmt: skip
     launch(_weigh, grid, logits_SV, allowed, best_SB, state_S3, tally_S2D, sums_SB, token_S, finite_S, temperature_S,
@@ -461,7 +461,7 @@ def logprobs(
     rows, vocab = logits_SV.shape
     wide = {**parameters("sample.blocks", logits_SV, V=vocab, S=bucket(rows)), **chosen}
     block = wide.pop("block")
-    blocks, best = triton.cdiv(vocab, block), min(k, vocab)
+    blocks, best = cdiv(vocab, block), min(k, vocab)
     device, grid = logits_SV.device, (rows, blocks)
     best_SB, ahead_SB = torch.empty((2, rows, blocks), dtype=torch.int64, device=device)
     sums_SB = torch.empty(grid, dtype=torch.float64, device=device)
@@ -471,6 +471,6 @@ def logprobs(
     launch(_survey, grid, logits_SV, token_S, best_SB, sums_SB, ahead_SB, logits_SV.stride(0),
            V=vocab, B=blocks, BLOCK=block, **wide)  # fmt: skip
     launch(_likeliest, (rows,), logits_SV, token_S, best_SB, sums_SB, ahead_SB, logprob_S, rank_S, top_SK,
-           top_logprob_SK, logits_SV.stride(0), best, V=vocab, B=blocks, ALL=triton.next_power_of_2(blocks),
+           top_logprob_SK, logits_SV.stride(0), best, V=vocab, B=blocks, ALL=power_of_2(blocks),
            BLOCK=block, **wide)  # fmt: skip
     return logprob_S, rank_S, top_SK, top_logprob_SK
