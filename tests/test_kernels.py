@@ -15,6 +15,9 @@ pytest.importorskip("triton")
 import delta_net_steps
 import kernel_lane
 
+from tritium.hw import probe
+from tritium.hw.tuned import launch_parameters, observed, trial
+from tritium.ops.linear import linear
 from tritium.ops.moe import moe
 from tritium.ops.spec import all_ops
 
@@ -69,6 +72,36 @@ def test_moe_ties_and_company_on_the_device(seed: int) -> None:
 @pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the test below")
 def test_moe_ties_and_company_in_the_interpreter(seed: int) -> None:
     check_moe(seed)
+
+
+def check_split(scheme: int, seed: int) -> None:
+    """Columns of a quantized weight shared out between programs."""
+    dims, dtype = {"M": 5, "N": 70, "K": 1156, "residual": 1, "scheme": scheme}, torch.float16
+    with observed() as seen:
+        check(linear, dims, dtype, seed)
+    (key,) = (key for key in seen if key[0] == "quantized.tile")
+    found = launch_parameters(key[0], probe(kernel_lane.DEVICE), key[1])
+    with trial({key: {**found, "depth": 128, "splits": 3}}), observed() as split:
+        check(linear, dims, dtype, seed)
+    with trial({key: {**found, "depth": 512}}):  # of which the last tile lies beyond K for the most part
+        check(linear, dims, dtype, seed)
+    assert [key[0] for key in split if key not in seen] == ["quantized.sum"]
+
+
+SPLIT = pytest.mark.parametrize("scheme", [2, 4, 5])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@SPLIT
+def test_columns_split_between_programs_on_the_device(scheme: int, seed: int) -> None:
+    check_split(scheme, seed)
+
+
+@pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the test below")
+@SPLIT
+def test_columns_split_between_programs_in_the_interpreter(scheme: int, seed: int) -> None:
+    check_split(scheme, seed)
 
 
 STEPS = pytest.mark.parametrize(("graphs", "most"), [(False, 3), (True, 3), (True, 0)])

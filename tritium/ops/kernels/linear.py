@@ -10,8 +10,6 @@ Shapes: M tokens, N results of a token, K inputs; a gated weight has 2 N rows, g
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -180,7 +178,7 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
 
 
 @triton.jit(do_not_specialize=["M"])
-def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+def _few(w, x, norm, residual, y, eps, M, x_stride, y_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
          VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
          GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """VALID results of every token, from a tile of ROWS rows of the weight (gated: one half gate, the other up).
@@ -236,7 +234,7 @@ def _few(w, x, norm, residual, y, eps, M, x_stride, N: tl.constexpr, K: tl.const
         total = silu(gate) * up
     if RESIDUAL:
         total += before
-    tl.store(y + spot, total.to(y.dtype.element_ty), mask=kept)
+    tl.store(y + m[None, :] * y_stride + n[:, None], total.to(y.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -262,16 +260,28 @@ def linear(
     rows) are contiguous. The result may take the residual's place."""
     if isinstance(w_JK, tuple) and not isinstance(w_JK, Quantized):
         return _blocks(x_MK, w_JK, norm_K, eps, gated, residual_MN, dtype)
-    M, K = x_MK.shape
-    N = w_JK.shape[0] // (1 + gated)
+    M, N = len(x_MK), w_JK.shape[0] // (1 + gated)
     dtype = dtype or (w_JK if residual_MN is None else residual_MN).dtype
-    if isinstance(w_JK, Quantized):
-        y_MN = torch.empty((M, N), dtype=dtype, device=x_MK.device)
-        _quantized(x_MK, w_JK, norm_K, eps, gated, residual_MN, y_MN)
-        return y_MN
-    if M > FEW:
+    if M > FEW and isinstance(w_JK, torch.Tensor):
         return _many(x_MK, w_JK, norm_K, eps, gated, residual_MN).to(dtype)
-    y_MN = torch.empty((M, N), dtype=dtype, device=w_JK.device)
+    y_MN = torch.empty((M, N), dtype=dtype, device=x_MK.device)
+    _into(y_MN, x_MK, w_JK, norm_K, eps, gated, residual_MN)
+    return y_MN
+
+
+def _into(
+    y_MN: torch.Tensor, x_MK: torch.Tensor, w_JK: Weight, norm_K: torch.Tensor | None, eps: float, gated: bool = False,
+    residual_MN: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """`linear` into y, whose rows may be strided."""
+    (M, K), N = x_MK.shape, y_MN.shape[1]
+    if isinstance(w_JK, Quantized):
+        from tritium.ops.kernels.quantized import quantized
+
+        return quantized(x_MK, w_JK, norm_K, eps, gated, residual_MN, y_MN)
+    if M > FEW:
+        y_MN.copy_(_many(x_MK, w_JK, norm_K, eps, gated, residual_MN))
+        return None
     if M == 1:
         found = parameters("linear.gemv", w_JK, N=N, K=K, gated=int(gated))
         rows = found.pop("rows")
@@ -285,7 +295,7 @@ def linear(
             x_MK, norm_K = _normalised(x_MK, w_JK, norm_K, eps), None
         rows, depth = found.pop("rows"), found.pop("depth")
         valid = _fitting(N, rows // (1 + gated), found.pop("per_core") * target_of(w_JK).cores)
-        kernel, grid, strides = _few, cdiv(N, valid), (M, x_MK.stride(0))
+        kernel, grid, strides = _few, cdiv(N, valid), (M, x_MK.stride(0), y_MN.stride(0))
         # float32 goes without tensor cores: a thread holds its operands, so fewer at a time.
         sizes = {
             "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), power_of_2(M)),
@@ -299,13 +309,7 @@ def linear(
         y_MN, eps, *strides, N=N, K=K, GATED=gated, NORM=norm_K is not None, RESIDUAL=residual_MN is not None,
         **sizes, **found,
     )  # fmt: skip
-    return y_MN
-
-
-def _quantized(*arguments: Any) -> None:
-    from tritium.ops.kernels.quantized import quantized
-
-    quantized(*arguments)
+    return None
 
 
 def _blocks(
@@ -325,11 +329,7 @@ def _blocks(
                           dtype=blocks[0].dtype if apart else wanted)  # fmt: skip
     at = 0
     for block in blocks:
-        columns_MN = p_MJ[:, at : at + block.shape[0]]
-        if isinstance(block, Quantized):
-            _quantized(x_MK, block, norm_K, eps, False, None, columns_MN)
-        else:
-            columns_MN.copy_(linear(x_MK=x_MK, w_JK=block, norm_K=norm_K, eps=eps, dtype=p_MJ.dtype))
+        _into(p_MJ[:, at : at + block.shape[0]], x_MK, block, norm_K, eps)
         at += block.shape[0]
     y_MN = silu_mul(x_TJ=p_MJ) if gated else p_MJ
     if residual_MN is not None:

@@ -33,12 +33,13 @@ from tritium.ops.kernels.launch import (
     parameters,
     power_of_2,
     release_next,
+    target_of,
     wait_for_inputs,
 )
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import LOWEST, keys, lanes_of, logits_stride, next_expert
 from tritium.ops.kernels.norm import rms_norm
-from tritium.ops.kernels.quantized import depth_of, form, largest_of, prepare, tile_product
+from tritium.ops.kernels.quantized import depth_of, form, largest_of, packed, prepare, tile_product
 from tritium.ops.linear import linear
 from tritium.ops.quantized import Quantized, Weight, Weights, row_blocks
 
@@ -219,8 +220,8 @@ def _product(x, base, y, scales, x_row, y_row, real, row, N: tl.constexpr, D: tl
 @triton.jit
 def _quantized(x, base, w_scales, y, scales, x_row, y_row, real, row, N: tl.constexpr, D: tl.constexpr,
                ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-               SHARING: tl.constexpr, ROUND: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-               pdl: tl.constexpr):  # fmt: skip
+               SHARING: tl.constexpr, ROUND: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
+               PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """As `_product`, with weights in fewer bits; `scales`: of x's rows where it is rounded."""
     TOKENS: tl.constexpr = x_row.shape[0]
     if UP:
@@ -228,11 +229,9 @@ def _quantized(x, base, w_scales, y, scales, x_row, y_row, real, row, N: tl.cons
         w_row = tl.minimum(tl.min(row, axis=0) + r % ROWS, N - 1) + r // ROWS * N
     else:
         w_row = tl.minimum(row, N - 1)
-    total = tile_product(base, w_scales, x, w_row, w_row >= 0, tl.where(real, x_row, 0), D, BLOCK, KIND, GROUP, SHARING,
-                         ROUND, True, PRECISION, STAGES)  # fmt: skip
+    total = tile_product(base, w_scales, x, scales, w_row, w_row >= 0, tl.where(real, x_row, 0), 0, D, D, BLOCK, KIND,
+                         GROUP, SHARING, ROUND, True, PACKED, PRECISION, STAGES)  # fmt: skip
     release_next(pdl)
-    if ROUND:
-        total *= tl.load(scales + x_row, mask=real, other=0.0)[None, :]
     if UP:
         gate, up = tl.split(tl.permute(tl.reshape(total, [2, ROWS, TOKENS]), [1, 2, 0]))
         total = silu(gate) * up
@@ -243,9 +242,9 @@ def _quantized(x, base, w_scales, y, scales, x_row, y_row, real, row, N: tl.cons
 @triton.jit(do_not_specialize=["T", "shared_tiles", "PAIRS"])
 def _grouped(x, w, w_scales, shared, shared_scales, y, scales, order, tiles, T, shared_tiles, PAIRS, K: tl.constexpr,
              N: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, EACH_SCALES: tl.constexpr, KIND: tl.constexpr,
-             GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr, SWAP: tl.constexpr,
-             STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+             GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, PACKED: tl.constexpr,
+             TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
+             SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """TOKENS pairs of one expert by ROWS of its N rows of D weights. UP: rows of h by token to silu(gate) · up by pair;
     else (down) rows by pair to rows by pair. SWAP: the weights are the left factor. An expert has EACH elements and
     EACH_SCALES scales; KIND: none, or how the weights are stored."""
@@ -268,7 +267,7 @@ def _grouped(x, w, w_scales, shared, shared_scales, y, scales, order, tiles, T, 
         if KIND != "":
             w_scales = tl.where(of_shared, shared_scales, w_scales + expert.to(tl.int64) * EACH_SCALES)
             _quantized(x, base, w_scales, y, scales, x_row, pair, real, row, N, D, ROWS, BLOCK, UP, KIND, GROUP,
-                       SHARING, ROUND, STAGES, PRECISION, pdl)  # fmt: skip
+                       SHARING, ROUND, PACKED, STAGES, PRECISION, pdl)  # fmt: skip
         else:
             _product(x, base, y, scales, x_row, pair, real, row, N, D, TOKENS, ROWS, BLOCK, UP, SCALED, SWAP, STAGES,
                      PRECISION, pdl)  # fmt: skip
@@ -279,8 +278,8 @@ def _grouped(x, w, w_scales, shared, shared_scales, y, scales, order, tiles, T, 
 def _grouped_few(x, w, w_scales, shared, shared_scales, y, scales, experts, chosen, T, slots, first_slot, PAIRS,
                  K: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr, FEW: tl.constexpr, N: tl.constexpr,
                  D: tl.constexpr, EACH: tl.constexpr, EACH_SCALES: tl.constexpr, KIND: tl.constexpr,
-                 GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
-                 ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
+                 GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, PACKED: tl.constexpr,
+                 TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr, SCALED: tl.constexpr,
                  SWAP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """As `_grouped`, with the tokens of one chosen expert after the other, `slots` apart; 0 is the shared expert. FEW:
     T or more."""
@@ -311,7 +310,7 @@ def _grouped_few(x, w, w_scales, shared, shared_scales, y, scales, experts, chos
             x_row = tl.sum(tl.where(same, token[None, :], 0), axis=1) if UP else y_row
             if KIND != "":
                 _quantized(x, base, at_scales, y, scales, x_row, y_row, at <= count, row, N, D, ROWS, BLOCK, UP, KIND,
-                           GROUP, SHARING, ROUND, STAGES, PRECISION, pdl)  # fmt: skip
+                           GROUP, SHARING, ROUND, PACKED, STAGES, PRECISION, pdl)  # fmt: skip
             else:
                 _product(x, base, y, scales, x_row, y_row, at <= count, row, N, D, TOKENS, ROWS, BLOCK, UP, SCALED,
                          SWAP, STAGES, PRECISION, pdl)  # fmt: skip
@@ -404,11 +403,12 @@ def grouped(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: tor
                 given = prepare(inner, w, None, eps)
             stored = w.values.view(torch.uint8), w.scales
             of_shared: Any = (shared.values.view(torch.uint8), shared.scales) if together else stored  # type: ignore[union-attr]
-            options |= {**form(w), "ROUND": largest_of(w) > 0, "BLOCK": depth_of(w, options["BLOCK"])}
+            options |= {**form(w), "ROUND": largest_of(w) > 0, "PACKED": packed(target_of(x_TH)),
+                        "BLOCK": depth_of(w, options["BLOCK"])}  # fmt: skip
         else:
             given = given if is_up else (inner, None)
             stored, of_shared = (w, w), (shared, shared) if together else (w, w)
-            options |= {"KIND": "", "GROUP": 0, "SHARING": 1, "ROUND": False}
+            options |= {"KIND": "", "GROUP": 0, "SHARING": 1, "ROUND": False, "PACKED": False}
         options |= {"EACH": stored[0][0].numel(), "EACH_SCALES": stored[1][0].numel()}
         x, x_scales = given[0], scales if given[1] is None else given[1]
         programs = cdiv(n, options["ROWS"])

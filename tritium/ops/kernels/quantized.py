@@ -3,8 +3,7 @@
 One token: vector units, as in `linear`; rows of the weight are words of 32 bits, unpacked in registers. Each program
 rounds x for itself: it finds max |x (1 + n)| while its first words are on their way; the rsqrt of a norm meets the
 result alone. Several tokens: one launch normalises and rounds x, and the product runs on the matrix units, the weight's
-rows as the M side; int8 and e4m3 as they are, others as numbers of the compute dtype made in registers. Their x comes
-with its even columns first where two of a weight share a byte, so that both nibbles of a tile are factors as they lie.
+rows as the M side; int8 and e4m3 as they are, others as numbers made in registers (`four_bits`).
 
 `KIND`: int8, e4m3, int4, e2m1. `ROUND`: x is rounded to 8 bits of that kind too. Products of int8 are summed as
 integers, so all forms give the same bits for the same rounded x.
@@ -22,11 +21,12 @@ import triton
 import triton.language as tl
 
 from tritium.hw import Target
+from tritium.ops.kernels.four_bits import factor_of, four_bits
 from tritium.ops.kernels.launch import EXACT, launch, parameters, release_next, target_of, wait_for_inputs
-from tritium.ops.kernels.linear import FEW, _fitting, _prefetch
+from tritium.ops.kernels.linear import FEW, _fitting, _prefetch, linear
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.norm import rms_norm
-from tritium.ops.quantized import LARGEST, Quantized
+from tritium.ops.quantized import LARGEST, Quantized, dequantize
 
 _KINDS = {"int8": "int8", "fp8": "e4m3", "fp8-block": "e4m3", "int4": "int4", "mxfp4": "e2m1"}
 LEAST = tl.constexpr(1e-30)
@@ -206,15 +206,6 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _factor(scale):
-    """Stored scales as float32; those of 8 bits are E8M0."""
-    if scale.dtype == tl.uint8:
-        bits = scale.to(tl.int32)
-        return tl.where(bits == 0, 0x00400000, bits << 23).to(tl.float32, bitcast=True)
-    return scale.to(tl.float32)
-
-
-@triton.jit
 def words(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr):
     """W words of each row from word k on. EVEN: all are there."""
     if EVEN:
@@ -291,20 +282,20 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
         factors, more, added = _token(x, norm, i * COLUMNS, factor, K, W, True, NORM, KIND, ROUND, NATIVE)
         squares += more
         product = _multiplied(tile, factors, added, KIND, NATIVE)
-        total += product * _factor(scale) if GROUP else product
+        total += product * factor_of(scale) if GROUP else product
         if TWO:
             product = _multiplied(up_tile, factors, added, KIND, NATIVE)
-            up_total += product * _factor(up_scale) if GROUP else product
+            up_total += product * factor_of(up_scale) if GROUP else product
         tile, up_tile, scale, up_scale = next_tile, next_up, next_scale, next_up_scale
     factors, more, added = _token(x, norm, LAST * COLUMNS, factor, K, W, WHOLE, NORM, KIND, ROUND, NATIVE)
     product = _multiplied(tile, factors, added, KIND, NATIVE)
-    total += product * _factor(scale) if GROUP else product
+    total += product * factor_of(scale) if GROUP else product
     out = tl.sum(total, axis=1).to(tl.float32) * unit
     out *= 1.0 if GROUP else tl.sum(scale, axis=1)
     up_out = out
     if TWO:
         product = _multiplied(up_tile, factors, added, KIND, NATIVE)
-        up_total += product * _factor(up_scale) if GROUP else product
+        up_total += product * factor_of(up_scale) if GROUP else product
         up_out = tl.sum(up_total, axis=1).to(tl.float32) * unit
         up_out *= 1.0 if GROUP else tl.sum(up_scale, axis=1)
     return out, up_out, tl.sum(squares + more)
@@ -360,72 +351,92 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
 def _prepare(x, norm, q, h, scales, eps, x_stride, K: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr,
              NATIVE: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, pdl: tl.constexpr
              ):  # fmt: skip
-    """A token a program: q = x, or norm(x), rounded to 8 bits and its scale; or in q's dtype, even columns first. KEEP:
-    norm(x) in h too."""
+    """A token a program, BLOCK columns after the other: q = x, or norm(x), rounded to 8 bits, and its scale; or its
+    columns by their rest by 4. KEEP: norm(x), in the compute dtype, in h too.
+
+    For int4 of 16 bits q is float16 times a power of 2, which is the scale, and the sums follow that `four_bits` takes
+    from each group's."""
+    PARTS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    GROUPS: tl.constexpr = (K + 127) // 128
+    HALF: tl.constexpr = KIND == "int4" and q.dtype.element_ty == tl.float16
+    STRIDE: tl.constexpr = 1 + GROUPS if HALF else 1
     token = tl.program_id(0).to(tl.int64)
-    wait_for_inputs(pdl)
     c = tl.arange(0, BLOCK)
-    value = tl.load(x + token * x_stride + c, mask=c < K, other=0.0).to(tl.float32)
+    g = tl.arange(0, BLOCK // 128)
+    quad = tl.arange(0, BLOCK // 4)
+    wait_for_inputs(pdl)
+    values = ()
+    for i in tl.static_range(PARTS):
+        at = x + token * x_stride + i * BLOCK + c
+        if (i + 1) * BLOCK <= K:
+            values += (tl.load(at).to(tl.float32),)  # type: ignore[assignment]
+        else:
+            values += (tl.load(at, mask=i * BLOCK + c < K, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+    squares = tl.zeros([BLOCK], tl.float32)
+    top = tl.zeros([BLOCK], tl.float32)
+    weighted = ()
+    for i in tl.static_range(PARTS):
+        value = values[i]  # type: ignore[misc,var-annotated]
+        if NORM:
+            squares += value * value
+            value += value * tl.load(norm + i * BLOCK + c, mask=i * BLOCK + c < K, other=0.0)
+        top = tl.maximum(top, tl.abs(value))
+        weighted += (value,)  # type: ignore[assignment]
+    release_next(pdl)
     unit = 1.0
     if NORM:
-        unit = 1.0 / tl.sqrt(tl.sum(value * value) / K + eps)
-        value += value * tl.load(norm + c, mask=c < K, other=0.0)
-    release_next(pdl)
-    if KEEP:
-        tl.store(h + token * K + c, (value * unit).to(h.dtype.element_ty), mask=c < K)
+        unit = 1.0 / tl.sqrt(tl.sum(squares) / K + eps)
+    factor = unit
     if LARGEST > 0:
-        top = tl.maximum(tl.max(tl.abs(value)), LEAST)
-        tl.store(scales + token, top / LARGEST * unit)
-        bits = _rounded(value * (LARGEST / top), KIND, NATIVE)
-        tl.store(q + token * K + c, bits.to(tl.uint8), mask=c < K)
-    else:
-        even, odd = tl.split(tl.reshape((value * unit).to(q.dtype.element_ty), [BLOCK // 2, 2]))
-        half = tl.arange(0, BLOCK // 2)
-        tl.store(q + token * K + half, even, mask=half < K // 2)
-        tl.store(q + token * K + K // 2 + half, odd, mask=half < K // 2)
+        most = tl.maximum(tl.max(top), LEAST)
+        factor = LARGEST / most
+        tl.store(scales + token * STRIDE, most / LARGEST * unit)
+    elif HALF:
+        # The largest becomes 2^9 or more, below 2^10.
+        most = tl.maximum(tl.max(top) * unit, LEAST)
+        power = most.to(tl.int32, bitcast=True) & 0x7F800000
+        factor = (254 * 8388608 - power).to(tl.float32, bitcast=True) * 2.0**9
+        tl.store(scales + token * STRIDE, power.to(tl.float32, bitcast=True) * 2.0**-9)
+    for i in tl.static_range(PARTS):
+        value = weighted[i]  # type: ignore[misc]
+        k = i * BLOCK + c
+        if KEEP or HALF or LARGEST == 0:
+            rounded = (value * unit).to(h.dtype.element_ty)  # type: ignore[attr-defined]
+        if KEEP:
+            tl.store(h + token * K + k, rounded, mask=k < K)
+        if LARGEST > 0:
+            bits = _rounded(value * factor, KIND, NATIVE)
+            tl.store(q + token * K + k, bits.to(tl.uint8), mask=k < K)  # type: ignore[attr-defined]
+        else:
+            if HALF:
+                rounded = rounded.to(tl.float32) * factor
+            planes = _split4(tl.reshape(rounded, [BLOCK // 4, 4]))
+            sums = tl.zeros([BLOCK // 4], tl.float32)
+            at = i * (BLOCK // 4) + quad
+            for j in tl.static_range(4):
+                plane = planes[j]
+                if HALF:
+                    plane = (plane * (0.0625 if j % 2 else 1.0)).to(tl.float16)
+                    sums += plane.to(tl.float32) * (1152.0 if j % 2 else 1032.0)
+                tl.store(q + token * K + j * (K // 4) + at, plane, mask=at < K // 4)
+            if HALF:
+                group = i * (BLOCK // 128) + g
+                sums = tl.sum(tl.reshape(sums, [BLOCK // 128, 32]), axis=1)
+                tl.store(scales + token * STRIDE + 1 + group, sums, mask=group < GROUPS)
 
 
 @triton.jit
-def _nibble(code, exponent, KIND: tl.constexpr, dtype: tl.constexpr):
-    """Numbers of 4 bits in a compute dtype; those of e2m1 by 2^(exponent - 127)."""
-    if KIND == "e2m1":
-        number = ((code << 28) >> 6 & -0x7E400000).to(tl.float32, bitcast=True) * 2.0**126
-        value = (number * _factor(exponent.to(tl.uint8))).to(dtype)
-    elif dtype == tl.bfloat16:
-        value = (code | 0x4300).to(tl.int16).to(dtype, bitcast=True) - 136.0
-    elif dtype == tl.float16:
-        value = (code | 0x6400).to(tl.int16).to(dtype, bitcast=True) - 1032.0
-    else:
-        value = (code - 8).to(dtype)
-    return value.to(dtype)
-
-
-@triton.jit
-def _tile_scales(at, k, taken, K: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr):
-    """What a tile from column k on needs: the scale of its group, or the exponents of its groups of 32 in a word."""
-    G: tl.constexpr = (K + GROUP - 1) // GROUP
-    if at.dtype.element_ty == tl.uint8:
-        out = tl.load(at + min(k // GROUP, G - 1), mask=taken, other=0).to(tl.int32)
-        for i in tl.static_range(1, DEPTH // GROUP):
-            out |= tl.load(at + min(k // GROUP + i, G - 1), mask=taken, other=0).to(tl.int32) << (8 * i)
-    else:
-        out = tl.load(at + min(k // GROUP, G - 1), mask=taken, other=0.0).to(tl.float32)
-    return out
-
-
-@triton.jit
-def tile_product(w, scales, x, row, taken, x_row, K: tl.constexpr, DEPTH: tl.constexpr, KIND: tl.constexpr,
-                 GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, FULL: tl.constexpr,
-                 PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Rows `row` of a weight (where `taken`; FULL: all) by rows x_row of x as `_prepare` leaves it: [ROWS, TOKENS]
-    float32, the weight's scales in it."""
-    HALVES: tl.constexpr = KIND == "int4" or KIND == "e2m1"
-    STEP: tl.constexpr = DEPTH // 2 if HALVES else DEPTH
-    WIDTH: tl.constexpr = K // 2 if HALVES else K
+def tile_product(w, scales, x, x_scales, row, taken, x_row, first, end, K: tl.constexpr, DEPTH: tl.constexpr,
+                 KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr,
+                 FULL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Columns [first, end) of rows `row` of a weight (where `taken`; FULL: all) by rows x_row of x as `_prepare` leaves
+    it: [ROWS, TOKENS] float32, all scales in it. `first` is a multiple of DEPTH."""
+    if KIND == "int4" or KIND == "e2m1":
+        return four_bits(w, scales, x, x_scales, row, taken, x_row, first, end, K, DEPTH, KIND, FULL, PACKED,
+                          PRECISION, STAGES)  # fmt: skip
     G: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
-    BLOCKS: tl.constexpr = GROUP > 0 and KIND != "e2m1"
-    EVEN: tl.constexpr = WIDTH % STEP == 0
-    c = tl.arange(0, STEP)
+    EVEN: tl.constexpr = K % DEPTH == 0
+    c = tl.arange(0, DEPTH)
     if ROUND and KIND == "int8":
         w = w.to(tl.pointer_type(tl.int8))
         x = x.to(tl.pointer_type(tl.int8))
@@ -434,7 +445,7 @@ def tile_product(w, scales, x, row, taken, x_row, K: tl.constexpr, DEPTH: tl.con
         x = x.to(tl.pointer_type(tl.float8e4nv))
     else:
         w = w.to(tl.pointer_type(tl.uint8))
-    w_at = w + row.to(tl.int64)[:, None] * WIDTH + c[None, :]
+    w_at = w + row.to(tl.int64)[:, None] * K + c[None, :]
     x_at = x + x_row.to(tl.int64)[:, None] * K + c[None, :]
     scale_at = scales + row // SHARING * G
     if ROUND and KIND == "int8":
@@ -442,66 +453,51 @@ def tile_product(w, scales, x, row, taken, x_row, K: tl.constexpr, DEPTH: tl.con
     else:
         total = tl.zeros((row.shape[0], x_row.shape[0]), tl.float32)
     if GROUP:
-        scale = _tile_scales(scale_at, 0, taken, K, GROUP, DEPTH)
-    for k in tl.range(0, WIDTH, STEP, num_stages=STAGES):
+        scale = tl.load(scale_at + first // GROUP, mask=taken, other=0.0)
+    for k in tl.range(first, end, DEPTH, num_stages=STAGES):
         if GROUP:
-            next_scale = _tile_scales(scale_at, (k + STEP) * (2 if HALVES else 1), taken, K, GROUP, DEPTH)
+            next_scale = tl.load(scale_at + min((k + DEPTH) // GROUP, G - 1), mask=taken, other=0.0)
         if FULL and EVEN:
             weight = tl.load(w_at + k)
         elif EVEN:
             weight = tl.load(w_at + k, mask=taken[:, None], other=0.0)
         else:
-            weight = tl.load(w_at + k, mask=taken[:, None] & (k + c < WIDTH)[None, :], other=0.0)
+            weight = tl.load(w_at + k, mask=taken[:, None] & (k + c < K)[None, :], other=0.0)
         if EVEN:
             value = tl.load(x_at + k)
         else:
-            value = tl.load(x_at + k, mask=(k + c < WIDTH)[None, :], other=0.0)
-        if HALVES:
-            if EVEN:
-                odd = tl.load(x_at + (k + WIDTH))
-            else:
-                odd = tl.load(x_at + (k + WIDTH), mask=(k + c < WIDTH)[None, :], other=0.0)
-            low, high = weight.to(tl.int32) & 15, weight.to(tl.int32) >> 4
-            exponent = low
-            if KIND == "e2m1":
-                exponent = scale[:, None] >> (c // 16 * 8)[None, :]
-            low = _nibble(low, exponent, KIND, value.dtype)
-            high = _nibble(high, exponent, KIND, value.dtype)
-            if BLOCKS:
-                part = tl.dot(low, tl.trans(value), input_precision=PRECISION)
-                total += tl.dot(high, tl.trans(odd), part, input_precision=PRECISION) * scale[:, None]
-            else:
-                total = tl.dot(low, tl.trans(value), total, input_precision=PRECISION)
-                total = tl.dot(high, tl.trans(odd), total, input_precision=PRECISION)
-        else:
-            if not ROUND:
-                half = weight.to(tl.int16)
-                half = (half << 8 & -32768) | (half << 7 & 0x3F80)
-                weight = (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(value.dtype)
-            if BLOCKS:
-                total += tl.dot(weight, tl.trans(value), input_precision=PRECISION) * scale[:, None]
-            elif ROUND and KIND == "int8":
-                total = tl.dot(weight, tl.trans(value), total, out_dtype=tl.int32)
-            elif ROUND and x_row.shape[0] <= 64:
-                # Hopper adds up products of e4m3 in 14 bits: not for long where that costs nothing.
-                total = tl.dot(weight, tl.trans(value), total, max_num_imprecise_acc=DEPTH // 2)
-            else:
-                total = tl.dot(weight, tl.trans(value), total, input_precision=PRECISION)
+            value = tl.load(x_at + k, mask=(k + c < K)[None, :], other=0.0)
+        if not ROUND:
+            half = weight.to(tl.int16)
+            half = (half << 8 & -32768) | (half << 7 & 0x3F80)
+            weight = (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(value.dtype)
         if GROUP:
+            total += tl.dot(weight, tl.trans(value), input_precision=PRECISION) * scale[:, None]
             scale = next_scale
+        elif ROUND and KIND == "int8":
+            total = tl.dot(weight, tl.trans(value), total, out_dtype=tl.int32)
+        elif ROUND and x_row.shape[0] <= 64:
+            # Hopper adds up products of e4m3 in 14 bits: not for long where that costs nothing.
+            total += tl.dot(weight, tl.trans(value))
+        else:
+            total = tl.dot(weight, tl.trans(value), total, input_precision=PRECISION)
     total = total.to(tl.float32)
     if not GROUP:
         total *= tl.load(scale_at, mask=taken, other=0.0)[:, None]
+    if ROUND:
+        total *= tl.load(x_scales + x_row)[None, :]
     return total
 
 
 @triton.jit(do_not_specialize=["M"])
 def _tile(w, scales, x, x_scales, residual, y, M, N: tl.constexpr, K: tl.constexpr, Y: tl.constexpr,
-          KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr,
-          ROWS: tl.constexpr, VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
-          STAGES: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+          KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, PACKED: tl.constexpr,
+          PRECISION: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+          BAND: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, EACH: tl.constexpr,
+          GATED: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """VALID results of TOKENS tokens, from ROWS rows of the weight (gated: one half gate, the other up). Programs go
-    through BAND blocks of results for each block of tokens, so that what they read is still in the L2 cache."""
+    through BAND blocks of results for each block of tokens, so that what they read is still in the L2 cache. PREFETCH
+    tiles go there while x is prepared. EACH: columns of a program, whose sums come in parts [.., M, N] then; 0: all."""
     OUT: tl.constexpr = ROWS // 2 if GATED else ROWS
     FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
     blocks: tl.constexpr = (N + VALID - 1) // VALID
@@ -517,12 +513,22 @@ def _tile(w, scales, x, x_scales, residual, y, M, N: tl.constexpr, K: tl.constex
     i = tl.arange(0, OUT)
     n = first + i
     kept = ((i < VALID) & (n < N))[:, None] & (m < M)[None, :]
+    if PREFETCH > 0:
+        BITS: tl.constexpr = 4 if KIND == "int4" or KIND == "e2m1" else 8
+        FETCHED: tl.constexpr = min(PREFETCH * DEPTH, EACH if EACH else K) * BITS // 8
+        bottom = tl.minimum(first + VALID, N)
+        part = w + tl.program_id(1) * (EACH * BITS // 8)
+        _prefetch(part, first, bottom, K * BITS // 8, OUT, 0, FETCHED, THREADS)
+        if GATED:
+            _prefetch(part, first + N, bottom + N, K * BITS // 8, OUT, 0, FETCHED, THREADS)
     wait_for_inputs(pdl)
-    total = tile_product(w, scales, x, row, taken, tl.minimum(m, M - 1), K, DEPTH, KIND, GROUP, SHARING, ROUND, FULL,
-                         PRECISION, STAGES)  # fmt: skip
+    left = tl.program_id(1) * EACH if EACH else 0
+    right = tl.minimum(left + EACH, K) if EACH else K
+    total = tile_product(w, scales, x, x_scales, row, taken, tl.minimum(m, M - 1), left, right, K, DEPTH, KIND, GROUP,
+                         SHARING, ROUND, FULL, PACKED, PRECISION, STAGES)  # fmt: skip
     release_next(pdl)
-    if ROUND:
-        total *= tl.load(x_scales + m, mask=m < M, other=0.0)[None, :]
+    if EACH:
+        y += tl.program_id(1).to(tl.int64) * M * Y
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, TOKENS]), [1, 2, 0]))
         total = silu(gate) * up
@@ -531,9 +537,31 @@ def _tile(w, scales, x, x_scales, residual, y, M, N: tl.constexpr, K: tl.constex
     tl.store(y + m.to(tl.int64)[None, :] * Y + n[:, None], total.to(y.dtype.element_ty), mask=kept)
 
 
+@triton.jit(do_not_specialize=["M"])
+def _sum(parts, residual, y, M, N: tl.constexpr, Y: tl.constexpr, PARTS: tl.constexpr, RESIDUAL: tl.constexpr,
+         BLOCK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """BLOCK results of a token from their parts [PARTS, M, N]."""
+    m = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    if RESIDUAL:
+        total += tl.load(residual + m * N + n, mask=n < N, other=0.0).to(tl.float32)
+    wait_for_inputs(pdl)
+    product = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(PARTS):
+        product += tl.load(parts + (i * M + m) * N + n, mask=n < N, other=0.0)
+    release_next(pdl)
+    tl.store(y + m * Y + n, (total + product).to(y.dtype.element_ty), mask=n < N)
+
+
 def native(target: Target) -> bool:
     """Whether there are instructions for four products of bytes and for e4m3."""
     return target.kind == "cuda" and "dot_fp8" in target.features
+
+
+def packed(target: Target) -> bool:
+    """Whether there are instructions for two bfloat16 of a register."""
+    return target.kind == "cuda" and "dot_bf16" in target.features
 
 
 def form(w: Quantized) -> dict[str, Any]:
@@ -550,7 +578,7 @@ def largest_of(w: Quantized) -> float:
 
 def prepare(x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: float, h_MK: torch.Tensor | None = None
             ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x, or norm(x), as `_tile` reads it: (q_MK, scale_M). `h_MK`: gets norm(x) too."""
+    """x, or norm(x), as `_tile` reads it: (q_MK, its scales). `h_MK`: gets norm(x) too."""
     (M, K), most = x_MK.shape, largest_of(w)
     if not most and w.scheme.bits == 8:
         if norm_K is not None:
@@ -558,15 +586,16 @@ def prepare(x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: 
         if h_MK is not None:
             h_MK.copy_(x_MK)
         return x_MK.to(w.dtype).contiguous(), x_MK
-    q_MK = torch.empty((M, K), dtype=torch.uint8 if most else w.dtype, device=x_MK.device)
-    scale_M = torch.empty(M if most else 1, dtype=torch.float32, device=x_MK.device)
+    half = w.scheme.name == "int4" and w.dtype.itemsize == 2
+    q_MK = torch.empty((M, K), dtype=torch.uint8 if most else torch.float16 if half else w.dtype, device=x_MK.device)
+    scales = torch.empty(M * (1 + triton.cdiv(K, 128) * half), dtype=torch.float32, device=x_MK.device)
     launch(
-        _prepare, (M,), x_MK, x_MK if norm_K is None else norm_K, q_MK, q_MK if h_MK is None else h_MK, scale_M, eps,
-        x_MK.stride(0), K=K, KIND=_KINDS[w.scheme.name], LARGEST=most, NATIVE=native(target_of(x_MK)),
-        NORM=norm_K is not None, KEEP=h_MK is not None, BLOCK=triton.next_power_of_2(K),
+        _prepare, (M,), x_MK, x_MK if norm_K is None else norm_K, q_MK, w.values.new_empty(0, dtype=w.dtype)
+        if h_MK is None else h_MK, scales, eps, x_MK.stride(0), K=K, KIND=_KINDS[w.scheme.name], LARGEST=most,
+        NATIVE=native(target_of(x_MK)), NORM=norm_K is not None, KEEP=h_MK is not None,
         **parameters("quantized.prepare", x_MK, D=K),
     )  # fmt: skip
-    return q_MK, scale_M
+    return q_MK, scales
 
 
 def quantized(
@@ -581,8 +610,12 @@ def quantized(
     target = target_of(x_MK)
     shared = {"N": N, "K": K, "GATED": gated, "RESIDUAL": residual_MN is not None, **how}
     residual = x_MK if residual_MN is None else residual_MN
-    if M == 1 and K * w.scheme.bits % 32 == 0:
-        found = parameters("quantized.one", x_MK, **key)
+    if w.scheme.bits == 4 and K % 4:
+        w_JK = dequantize(w, w.dtype)
+        y_MN.copy_(linear(x_MK=x_MK, w_JK=w_JK, norm_K=norm_K, eps=eps, gated=gated, residual_MN=residual_MN))
+        return
+    found = parameters("quantized.one", x_MK, **key) if M == 1 and K * w.scheme.bits % 32 == 0 else {"rows": 0}
+    if found["rows"]:
         rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, triton.next_power_of_2(K)))
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
@@ -593,25 +626,42 @@ def quantized(
         )  # fmt: skip
         return
     found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
-    q_MK, scale_M = prepare(x_MK, w, norm_K, eps)
+    q_MK, x_scales = prepare(x_MK, w, norm_K, eps)
     rows, per_core, depth = found.pop("rows"), found.pop("per_core"), found.pop("depth")
     valid = _fitting(N, rows // (1 + gated), per_core * target.cores)
     tokens = max(found.pop("tokens"), min(64, triton.next_power_of_2(M)) if M <= FEW else 0)
+    prefetch, splits = found.pop("prefetch", 0) * (found["pdl"] > 0), found.pop("splits", 1)
+    if gated or how["KIND"] == "int8":  # whose sums of integers no order changes
+        splits = 1
+    depth, parts_PMN = depth_of(w, depth), y_MN
+    each = triton.cdiv(triton.cdiv(K, depth), splits) * depth % (triton.cdiv(K, depth) * depth)
+    if each:
+        splits = triton.cdiv(K, each)
+        parts_PMN = torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device)
+        shared["RESIDUAL"] = False
     launch(
-        _tile, (triton.cdiv(N, valid) * triton.cdiv(M, tokens),), values, w.scales, q_MK, scale_M, residual, y_MN, M,
-        Y=y_MN.stride(0), ROUND=most > 0, PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens,
-        DEPTH=depth_of(w, depth), BAND=found.pop("band"), STAGES=found["num_stages"], **shared, **found,
+        _tile, (triton.cdiv(N, valid) * triton.cdiv(M, tokens), splits if each else 1), values, w.scales, q_MK,
+        x_scales, residual, parts_PMN, M, Y=parts_PMN.stride(-2), ROUND=most > 0, PACKED=packed(target),
+        PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens, DEPTH=depth, BAND=found.pop("band"),
+        STAGES=found["num_stages"], THREADS=32 * found["num_warps"], PREFETCH=prefetch, EACH=each, **shared, **found,
     )  # fmt: skip
+    if each:
+        found = parameters("quantized.sum", x_MK, N=N)
+        launch(_sum, (triton.cdiv(N, found["BLOCK"]), M), parts_PMN, residual, y_MN, M, N=N, Y=y_MN.stride(0),
+               PARTS=splits, RESIDUAL=residual_MN is not None, **found)  # fmt: skip
 
 
 def depth_of(w: Quantized, depth: int) -> int:
-    """Columns of a tile: no more than share a scale, but for exponents of 32, which come four at a time."""
-    if w.scheme.group and w.scheme.group > 32:
-        return min(depth, w.scheme.group)
+    """Columns of a tile: of 8 bits no more than share a scale."""
+    if w.scheme.bits == 4 and w.dtype.itemsize <= 2:
+        return max(128, depth) if w.shape[-1] % max(128, depth) == 0 else 128  # no group's part lies beyond K
+    if w.scheme.bits == 4:
+        return 64
     if w.scheme.group:
-        return min(128, depth) if w.scheme.scales == torch.uint8 else 32
+        return min(depth, w.scheme.group)
     return depth if w.dtype.itemsize <= 2 or w.scheme.activations else max(32, depth // 4)
 
 
 def _bucket(tokens: int) -> int:
-    return max(8, triton.next_power_of_2(tokens)) if tokens <= FEW else 256 if tokens <= 256 else 4096
+    few = 1 if tokens == 1 else max(8, triton.next_power_of_2(tokens))
+    return few if tokens <= FEW else 256 if tokens <= 256 else 4096
