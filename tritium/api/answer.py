@@ -29,7 +29,9 @@ class Answer:
         self._accepted = self._rejected = 0
         self._called_tools = False
         self._written = written
-        self._whole = Completion(index, [])
+        self._deltas: list[TextDelta] = []
+        self._ids: list[int] = []
+        """All that was written, where that is to be remembered."""
         self._first_token_at: float | None = None
 
     def take(self, event: TokenEvent, made_at: float = 0.0) -> Event:
@@ -48,38 +50,28 @@ class Answer:
         self._called_tools |= bool(delta.tool_calls)
         if self._written is not None:
             self._keep(delta, event)
-        reason = event.finish_reason if delta.stopped_by is None else FinishReason.STOP
         self._cached_tokens = event.cached_tokens
         self._accepted += min(event.num_accepted, used)
         self._rejected += event.num_drafts - event.num_accepted
-        self.finished = reason is not None
-        if reason is FinishReason.STOP and self._called_tools:
-            reason = FinishReason.TOOL_CALLS
-        return Event(
-            index=self.index,
-            text=delta.text,
-            reasoning=delta.reasoning,
-            tool_calls=delta.tool_calls,
-            tool_deltas=delta.tool_deltas,
-            token_ids=event.tokens[:used],
-            logprobs=event.logprobs[:used],
-            prompt_logprobs=event.prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=event.stop_token if delta.stopped_by is None else delta.stopped_by,
-            usage=self.usage if self.finished else None,
-            timing=self._timing(event) if self.finished else None,
-            error=event.error,
-            made_at=made_at,
-        )
+        out = Event(self.index, delta.text, delta.reasoning, delta.tool_calls, delta.tool_deltas, event.tokens[:used],
+                    event.logprobs[:used], event.prompt_logprobs, error=event.error, made_at=made_at)
+        reason = event.finish_reason if delta.stopped_by is None else FinishReason.STOP
+        if reason is not None:
+            self.finished = True
+            called = reason is FinishReason.STOP and self._called_tools
+            out.finish_reason = FinishReason.TOOL_CALLS if called else reason
+            out.stop_reason = event.stop_token if delta.stopped_by is None else delta.stopped_by
+            out.usage, out.timing = self.usage, self._timing(event)
+        return out
 
     def _keep(self, delta: TextDelta, event: TokenEvent) -> None:
         """Remember the answer as it was written, when it ended by itself."""
-        whole = self._whole
-        whole.text, whole.reasoning = whole.text + delta.text, whole.reasoning + delta.reasoning
-        whole.tool_calls += delta.tool_calls
-        whole.token_ids += event.tokens
+        self._deltas.append(delta)
+        self._ids += event.tokens
         if event.stop_token is not None and delta.stopped_by is None and self._written is not None:
-            self._written.remember(whole.text, whole.reasoning, whole.tool_calls, whole.token_ids[:-1])
+            self._written.remember("".join(delta.text for delta in self._deltas),
+                                   "".join(delta.reasoning for delta in self._deltas),
+                                   [call for delta in self._deltas for call in delta.tool_calls], self._ids[:-1])
 
     @property
     def usage(self) -> Usage:

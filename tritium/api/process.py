@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection
 
 from tritium.api.drive import Command, Died, EngineFacts, Report, Revived, Tell, died, drive
 from tritium.api.engine_core import EngineCore
-from tritium.core import EngineDeadError, TokenEvent, TritiumError
+from tritium.core import EngineDeadError, EngineStats, TokenEvent, TritiumError
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _BACK_OFF = (0.1, 30.0)
 _PATIENCE = 5.0
 _MAIN = f"import sys; from {__name__} import main; main(int(sys.argv[1]))"
 _EVENT = operator.attrgetter(*(field.name for field in fields(TokenEvent)))
-_REPORT = operator.attrgetter(*(field.name for field in fields(Report) if field.name != "events"))
+_STATS = operator.attrgetter(*(field.name for field in fields(EngineStats)))
 
 
 class EngineProcess:
@@ -192,8 +192,8 @@ class _Line(asyncio.Protocol):
             if isinstance(told, Died):
                 self.death = told.error
             else:
-                events, rest = told
-                self._tell(Report([TokenEvent(*event) for event in events], *rest))
+                events, stats, *rest = told
+                self._tell(Report([TokenEvent(*event) for event in events], EngineStats(*stats), *rest))
 
     def connection_lost(self, _: Exception | None) -> None:
         self.closed.set()
@@ -219,7 +219,8 @@ def main(descriptor: int) -> None:
 
     def tell(report: Report) -> None:
         # Tuples: a pickled dataclass with slots takes 2.5 microseconds, and as much to read.
-        connection.send(([*map(_EVENT, report.events)], _REPORT(report)))
+        connection.send(([*map(_EVENT, report.events)], _STATS(report.stats), report.made_at, report.refused,
+                         report.kept))
 
     try:
         engine = load()

@@ -419,6 +419,8 @@ def _is_loopback(url: str) -> bool:
 @click.option("--allow-remote", is_flag=True, help="The server is not on this machine, and is yours to load.")
 def main(url: str, requests: int | None, clients: int, **options: Any) -> None:
     os.nice(19)  # where server and clients share cores, what is measured is the server and not its readers
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     try:
         report = run_load(url, Load(clients=clients, requests=requests or clients, **options))
     except TritiumError as error:

@@ -19,7 +19,8 @@ class Detokenizer:
     The last ids are decoded again with each push, so that what a token's text owes to its left neighbours (a
     character begun by them, a space dropped at the start of a text) comes out right. The window is cut to its
     last `_KEEP` tokens when it has grown to `_WINDOW`: UTF-8 finds its character borders again within three bytes,
-    so the text after that many tokens is the same from either start. Work per token is constant.
+    so the text after that many tokens is the same from either start. Work per token is constant. Where tokens are
+    bytes and nothing else, it starts anew after every whole character.
 
     Held back until more is known: a final U+FFFD, which may be the beginning of a character (at most three bytes,
     which decode to exactly one U+FFFD), and a run of byte tokens `<0xE2>`, which is decoded as one.
@@ -34,7 +35,7 @@ class Detokenizer:
         """Characters of the window's text already handed out."""
 
     def push(self, ids: Sequence[int]) -> str:
-        return "".join([self._push(id) for id in ids])
+        return "".join([self.push_one(id) for id in ids])
 
     def flush(self) -> str:
         """What is still held back, a broken end as U+FFFD."""
@@ -42,7 +43,7 @@ class Detokenizer:
         piece, self._emitted = text[self._emitted :], len(text)
         return piece
 
-    def _push(self, id: int) -> str:
+    def push_one(self, id: int) -> str:
         token = None if id in self._hidden else self._tokenizer.token(id)
         if token is None:
             return ""
@@ -52,7 +53,9 @@ class Detokenizer:
         text = self._tokenizer.text(self._window)
         settled = max(len(text) - text.endswith(_BROKEN), self._emitted)
         piece, self._emitted = text[self._emitted : settled], settled
-        if len(self._window) >= _WINDOW:
+        if settled == len(text) and self._tokenizer.is_byte_level:
+            self._window, self._emitted = [], 0
+        elif len(self._window) >= _WINDOW:
             self._window = self._window[-_KEEP:]
             self._emitted += len(self._tokenizer.text(self._window)) - len(text)
         return piece

@@ -13,7 +13,7 @@ from tritium.chat.tools import Called, ToolParser
 from tritium.core.stages import ToolCall, ToolCallDelta
 
 
-@dataclass(slots=True)  # not frozen: one is made for every token
+@dataclass(slots=True)  # one is made for every token, and filled while that is read
 class TextDelta:
     """What became certain with a push. Fields that it does not carry are empty."""
 
@@ -68,31 +68,34 @@ class TextStream:
 
     def push(self, ids: Sequence[int], *, final: bool = False) -> TextDelta:
         """The next tokens; `final` releases all that is held back. After the end everything is ignored."""
-        out = _Pieces()
+        out = TextDelta()
         if self._finished:
-            return out.delta(None)
+            return out
         for id in ids:
             self.tokens_used += 1
             self._token(id, out)
-            if self.stopped:
-                return out.delta(self.stopped_by)
+            if out.stopped_by is not None:
+                return out
         if final:
             self._take(self._detokenizer.flush(), out)
             if not self.stopped:
                 self._finish(self._stops.flush(), out)
-        return out.delta(self.stopped_by)
+        return out
 
     def push_text(self, text: str) -> TextDelta:
         """More of the answer that comes as text, not as tokens."""
-        out = _Pieces()
+        out = TextDelta()
         self._take(text, out)
-        return out.delta(self.stopped_by)
+        return out
 
-    def _token(self, id: int, out: _Pieces) -> None:
+    def _token(self, id: int, out: TextDelta) -> None:
         splitter = self._splitter
-        self._undecided_tokens += splitter is not None and splitter.inside
-        self._take(self._detokenizer.push([id]), out)
-        if splitter is None or not splitter.inside:
+        if splitter is None:
+            self._take(self._detokenizer.push_one(id), out)
+            return
+        self._undecided_tokens += splitter.inside
+        self._take(self._detokenizer.push_one(id), out)
+        if not splitter.inside:
             self._undecided_tokens = 0
         elif not splitter.undecided:
             self._count_reasoning()
@@ -101,70 +104,57 @@ class TextStream:
         self.reasoning_tokens += self._undecided_tokens
         self._undecided_tokens = 0
 
-    def _take(self, text: str, out: _Pieces) -> None:
+    def _take(self, text: str, out: TextDelta) -> None:
         if not text:
             return
-        text, self.stopped_by = self._stops.push(text, armed=self.tokens_used > self._min_tokens)
-        if self.stopped:
+        text, stop = self._stops.push(text, armed=self.tokens_used > self._min_tokens)
+        if stop is not None:
+            self.stopped_by = out.stopped_by = stop
             self._finish(text, out)
         else:
             self._split(text, out)
 
-    def _finish(self, text: str, out: _Pieces) -> None:
+    def _finish(self, text: str, out: TextDelta) -> None:
         self._finished = True
         self._split(text, out, final=True)
         if self._splitter is not None and self._splitter.inside:
             self._count_reasoning()
 
-    def _split(self, text: str, out: _Pieces, *, final: bool = False) -> None:
+    def _split(self, text: str, out: TextDelta, *, final: bool = False) -> None:
         reasoning, answer = "", text
         if self._splitter is not None:
             reasoning, answer = self._splitter.push(text, final=final)
             self._add_reasoning(reasoning, out, closed=not self._splitter.inside, final=final)
         if self._answer_tools is None:
-            out.text.append(answer)
+            out.text += answer
             return
         for piece in self._answer_tools.push(answer, final=final):
             if isinstance(piece, str):
-                out.text.append(piece)
+                out.text += piece
             elif isinstance(piece, Called):
-                out.calls.append(piece.call)
+                out.tool_calls += (piece.call,)
             else:
-                out.deltas.append(piece)
+                out.tool_deltas += (piece,)
 
-    def _add_reasoning(self, text: str, out: _Pieces, *, closed: bool, final: bool) -> None:
+    def _add_reasoning(self, text: str, out: TextDelta, *, closed: bool, final: bool) -> None:
         if self._reasoning_tools is None:
-            out.reasoning.append(text)
+            out.reasoning += text
             return
         for piece in self._reasoning_tools.push(text, final=closed or final):
             if isinstance(piece, Called):
                 self._unclosed.append(piece)
             elif isinstance(piece, str):
                 self._release_unclosed(out)
-                out.reasoning.append(piece)
+                out.reasoning += piece
         if closed:
             self._release_unclosed(out)
         elif final:
             for i, called in enumerate(self._unclosed):
                 call = called.call
                 arguments = json.dumps(call.arguments, ensure_ascii=False)
-                out.deltas.append(ToolCallDelta(i, call.id, call.name, arguments))
-                out.calls.append(call)
+                out.tool_deltas += (ToolCallDelta(i, call.id, call.name, arguments),)
+                out.tool_calls += (call,)
 
-    def _release_unclosed(self, out: _Pieces) -> None:
-        out.reasoning.extend(called.written for called in self._unclosed)
+    def _release_unclosed(self, out: TextDelta) -> None:
+        out.reasoning += "".join(called.written for called in self._unclosed)
         self._unclosed.clear()
-
-
-class _Pieces:
-    """What one push has gathered."""
-
-    def __init__(self) -> None:
-        self.text: list[str] = []
-        self.reasoning: list[str] = []
-        self.calls: list[ToolCall] = []
-        self.deltas: list[ToolCallDelta] = []
-
-    def delta(self, stopped_by: str | None) -> TextDelta:
-        text, reasoning = "".join(self.text), "".join(self.reasoning)
-        return TextDelta(text, reasoning, tuple(self.calls), tuple(self.deltas), stopped_by)

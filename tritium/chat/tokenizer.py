@@ -24,6 +24,8 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         """One more than the largest id; a model's embedding may have more rows."""
+        self.is_byte_level = isinstance(inner.decoder, tokenizers.decoders.ByteLevel)
+        """Whether a token stands for the same bytes wherever it comes."""
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
+from pydantic_core import to_json
+
 from tritium.api import Completion, Door, TextOptions
 from tritium.chat import AnswerFormat, ToolRules
 from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCall, ToolCallDelta, Usage
@@ -177,16 +179,10 @@ class Tally:
         self._usage = Usage(0, 0)
 
     def add(self, event: Event) -> None:
-        if event.usage is not None:
-            sums, more = self._usage, event.usage
-            self._usage = Usage(
-                sums.prompt_tokens + (more.prompt_tokens if event.index % self._n == 0 else 0),
-                sums.completion_tokens + more.completion_tokens,
-                sums.reasoning_tokens + more.reasoning_tokens,
-                sums.cached_tokens + (more.cached_tokens if event.index % self._n == 0 else 0),
-                sums.accepted_drafts + more.accepted_drafts,
-                sums.rejected_drafts + more.rejected_drafts,
-            )
+        if (more := event.usage) is not None:
+            if event.index % self._n:
+                more = dataclasses.replace(more, prompt_tokens=0, cached_tokens=0)
+            self._usage = Usage(*map(sum, zip(dataclasses.astuple(self._usage), dataclasses.astuple(more))))
 
     def body(self) -> dict[str, Any]:
         usage = self._usage
@@ -372,7 +368,7 @@ class Envelope:
 
     def chunks(self, choices: Iterable[dict[str, Any]]) -> str:
         """Server-sent events, one for each choice."""
-        return "".join([f"data: {self._chunk}{dumps(choice)}{self._chunk_end}\n\n" for choice in choices])
+        return "".join([f"data: {self._chunk}{to_json(choice).decode()}{self._chunk_end}\n\n" for choice in choices])
 
     def end(self, usage: dict[str, Any]) -> str:
         last = f'data: {self._chunk}], "usage": {json.dumps(usage)}}}\n\n' if self._include_usage else ""
