@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+import time
 
 import pytest
 from click.testing import CliRunner
-from served import rambles, says, scripted, served
+from served import CHAT, rambles, says, scripted, served
 
+from tritium.api import Session
 from tritium.bench.load import Load, _bucket_quantiles, main, run_load
-from tritium.core import ConfigError, RequestError
+from tritium.core import ConfigError, Event, RequestError
+from tritium.server.metrics import Metrics
 
 
 def test_a_clean_run_is_reported_exactly():
@@ -100,3 +105,18 @@ def test_the_servers_own_time_is_told():
     with served(rambles(step_seconds=0.01)) as server:
         report = run_load(server.url, Load(clients=4, requests=4, max_tokens=20))
     assert 0 < report.overhead["p50"] <= report.overhead["p99"] < 1
+
+
+def test_overhead_is_counted_by_token_within_its_bucket():
+    metrics = Metrics(Session.over(says("x"), CHAT))
+    for made_ago, tokens in ((0.0003, 2), (0.02, 1), (0.02, 0), (5.0, 1)):
+        metrics.sent(Event(token_ids=(7,) * tokens, made_at=time.monotonic() - made_ago))
+
+    async def render():
+        return metrics.render().decode()
+
+    page = asyncio.run(render())
+    found = {bound: float(count) for bound, count in re.findall(r'overhead_seconds_bucket{le="(.*?)"} (.*)', page)}
+    assert (found["0.0003"], found["0.01"], found["0.03"], found["1.0"], found["+Inf"]) == (0, 2, 3, 3, 4)
+    assert "tritium_server_overhead_seconds_count 4.0\n" in page
+    assert 5.0 < float(re.search("overhead_seconds_sum (.*)", page)[1]) < 5.2

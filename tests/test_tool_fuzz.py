@@ -147,8 +147,8 @@ def test_random_tokens_read_the_same(seed: int) -> None:
     """Bytes as tokens: a border may be inside a character."""
     rng = random.Random(seed)
     tools = [{"type": "function", "function": {"name": n, "parameters": s}} for n, s in SCHEMAS.items()]
-    for _ in range(60):
-        ids = FAKE.encode(transcript(rng)[:400])
+    for text in [*NASTY, *(transcript(rng) for _ in range(500))]:
+        ids = FAKE.encode(text)
         results = []
         for borders in ([], rng.sample(range(len(ids) + 1), len(ids) // 3), range(len(ids))):
             parser = FAKE.stream(tools=tools)
