@@ -42,7 +42,8 @@ def process():
 
 def agent_tasks(count: int, seed: int) -> list[tasks.Task]:
     """Held-out tasks that come with what the tool says: a question, the call of the reference, the result."""
-    found = (task for task in tasks.tool_calls("heldout", 31_000 + seed, 6 * count) if task.kind == "tool_answer")
+    drawn = tasks.tasks("tool_calls", "heldout", 31_000 + seed, 6 * count)
+    found = (task for task in drawn if task.kind == "tool_answer")
     return [task for task, _ in zip(found, range(count))]
 
 

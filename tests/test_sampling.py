@@ -312,7 +312,7 @@ def test_a_row_that_is_not_finite_fails_alone(bad, temperature):
     params = SamplingParams(temperature=temperature, top_p=0.9, logprobs=2)
     clean = Sampler().sample([row(params)], x[:1])[0]
     got = Sampler().sample([row(params)] * 3, x)
-    assert [one.failed for one in got] == [False, True, False]
+    assert [one.token is None for one in got] == [False, True, False]
     assert got[0] == got[2] == clean
     assert (got[1].token, got[1].logprob) == (None, None)
 

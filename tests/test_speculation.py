@@ -200,7 +200,7 @@ def generate(chain: Chain, sampling: SamplingParams, proposer: Proposer | None, 
     for request in everyone:
         scheduler.add(request)
     while (plan := scheduler.plan()) is not None:
-        scheduler.commit(plan, runner.execute(plan))
+        scheduler.commit(plan, runner.launch(plan).result())
     return [request.output_ids for request in everyone]
 
 
@@ -254,7 +254,7 @@ def test_forced_acceptance_is_of_the_rate_asked_for_and_serve_refuses_it() -> No
         scheduler.add(Request(str(i), [1], SamplingParams(max_tokens=100, ignore_eos=True), seed=i))
     accepted = proposed = 0
     while (plan := scheduler.plan()) is not None:
-        for event in scheduler.commit(plan, runner.execute(plan)):
+        for event in scheduler.commit(plan, runner.launch(plan).result()):
             accepted += event.num_accepted
             proposed += event.num_drafts
     assert accepted / proposed == pytest.approx(0.6, abs=0.03)
@@ -276,7 +276,7 @@ def test_the_embedded_models_guess_well_and_answer_the_same() -> None:
 
     if not Path(resolve("tritium-dense", None, None), "model.safetensors").exists():
         pytest.skip("the embedded model is not in this checkout")
-    problems = tasks.word_problems("heldout", 7, 8) + tasks.tool_calls("heldout", 7, 4)
+    problems = tasks.tasks("word_problems", "heldout", 7, 8) + tasks.tasks("tool_calls", "heldout", 7, 4)
     texts = {}
     for speculate in ("none", "auto", "mtp:3"):
         config = EngineConfig(max_num_seqs=4, speculate=speculate, show_progress=False, num_threads=1)

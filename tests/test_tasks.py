@@ -51,14 +51,14 @@ def test_problems_stay_what_they_were(kind: str) -> None:
 
 
 def test_same_seed_same_tasks() -> None:
-    assert tasks.word_problems("heldout", 5, 20) == tasks.word_problems("heldout", 5, 20)
-    assert tasks.word_problems("heldout", 5, 20) != tasks.word_problems("heldout", 6, 20)
-    assert tasks.tool_calls("heldout", 5, 8)[:4] == tasks.tool_calls("heldout", 5, 4)
+    assert tasks.tasks("word_problems", "heldout", 5, 20) == tasks.tasks("word_problems", "heldout", 5, 20)
+    assert tasks.tasks("word_problems", "heldout", 5, 20) != tasks.tasks("word_problems", "heldout", 6, 20)
+    assert tasks.tasks("tool_calls", "heldout", 5, 8)[:4] == tasks.tasks("tool_calls", "heldout", 5, 4)
 
 
 def test_the_splits_share_no_problem() -> None:
-    train = {t.messages[-1]["content"] for t in tasks.word_problems("train", 0, 3000)}
-    held = {t.messages[-1]["content"] for t in tasks.word_problems("heldout", 0, 500)}
+    train = {t.messages[-1]["content"] for t in tasks.tasks("word_problems", "train", 0, 3000)}
+    held = {t.messages[-1]["content"] for t in tasks.tasks("word_problems", "heldout", 0, 500)}
     assert not train & held
 
 

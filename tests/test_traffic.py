@@ -118,7 +118,7 @@ class World:
         self.texts: list[list[int]] = []
         if model.startswith("tritium-"):
             chat = load_chat(self.engine.directory)
-            problems = tasks.word_problems("heldout", rng.randrange(2**31), 24)
+            problems = tasks.tasks("word_problems", "heldout", rng.randrange(2**31), 24)
             self.texts = [chat.encode(chat.render(each.messages))[-150:] for each in problems]
         self.answers: dict[str, Answer] = {}
         self.pool: list[tuple[Request, Answer]] = []

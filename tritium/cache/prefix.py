@@ -199,10 +199,8 @@ class PrefixCache:
 
     def acquire(self, match: Match) -> Lease:
         """Locks what `match` found, until `settle` (where it starts from) and `release` (the pages it shares)."""
-        node: Node | None = match.node
-        while node is not None:
+        for node in _upwards(match.node):
             self._lock(node)
-            node = node.parent
         if match.partial is not None:
             self._lock(match.partial)
         if match.checkpoint is not None:
@@ -227,9 +225,7 @@ class PrefixCache:
         if checkpoint is None or checkpoint.slot is None or checkpoint.locks > 1:
             return None
         lease.checkpoint, checkpoint.locks = None, 0
-        slot = checkpoint.slot
-        self._leave_slot(checkpoint)
-        return slot
+        return self._leave_slot(checkpoint)
 
     def bring_back(self, lease: Lease, slot: int) -> int | None:
         """The slot that a request which has `slot` starts from: None where the state comes from host memory into its
@@ -255,11 +251,7 @@ class PrefixCache:
     @staticmethod
     def path_pages(node: Node) -> list[int]:
         """The pages of [0, node.end)."""
-        pages = []
-        while node.parent is not None:
-            pages.append(node.page)
-            node = node.parent
-        return pages[::-1]
+        return [above.page for above in _upwards(node)][-2::-1]
 
     # ---- what requests leave ----------------------------------------------------------------------------------
 
@@ -296,20 +288,14 @@ class PrefixCache:
             node = node.parent
         key = ids(node.end, position)
         assert _covered(node, key), "a checkpoint without its KV"
-        here = node.checkpoints.setdefault(len(key), {})
-        found = here.get(key)
-        if found is not None and found.slot is not None:  # one state a position
+        found = self._checkpoint(node, key)
+        if found.slot is not None:  # one state a position
             self._slots.release(slot)
             self._touch(found)
             return
-        if found is None:
-            found = here[key] = Checkpoint(node, key, slot)
-        else:
-            if found.host is not None:
-                self._leave_host(found)
-            else:
-                del self._ghosts[found]
-            found.slot = slot
+        if found.host is not None:
+            self._leave_host(found)
+        found.slot = slot
         self.num_checkpoints += 1
         self.version += 1
         self._touch(found)
@@ -324,10 +310,8 @@ class PrefixCache:
             self._unlock(lease.tail)
             own += 1
         self._pages.release(pages[own:])
-        node: Node | None = lease.node
-        while node is not None:
+        for node in _upwards(lease.node):
             self._unlock(node)
-            node = node.parent
 
     # ---- room -------------------------------------------------------------------------------------------------
 
@@ -345,19 +329,9 @@ class PrefixCache:
 
     def take_slot(self) -> int | None:
         """A free slot, if need be that of the checkpoint not used for longest; None when all are in use."""
-        if not self._slots.num_free and not self.evict_checkpoint():
-            return None
-        return self._slots.allocate()
-
-    def evict_checkpoint(self) -> bool:
-        if not self._idle:
-            return False
-        checkpoint, _ = self._idle.popitem(last=False)
-        slot = checkpoint.slot
-        assert slot is not None
-        self._leave_slot(checkpoint)
-        self._slots.release(slot)
-        return True
+        if self._slots.num_free:
+            return self._slots.allocate()
+        return self._leave_slot(self._idle.popitem(last=False)[0]) if self._idle else None
 
     def flush(self) -> None:
         """Evicts all that nobody uses, for good."""
@@ -444,12 +418,7 @@ class PrefixCache:
         host = self._take_host() if slot is None else None
         if slot is None and host is None:
             return None
-        found = page.parent.checkpoints.get(offset, {}).get(key)  # a ghost may be gone by now
-        if found is None:
-            found = Checkpoint(page.parent, key, None)
-            page.parent.checkpoints.setdefault(offset, {})[key] = found
-        else:
-            del self._ghosts[found]
+        found = self._checkpoint(page.parent, key)  # a ghost may be gone by now
         found.slot, found.host, found.locks = slot, host, 1
         self.num_checkpoints += slot is not None
         self.version += 1
@@ -491,9 +460,7 @@ class PrefixCache:
         i = bisect_left(parent.keys, key)
         while i and key[: len(parent.keys[i - 1])] == parent.keys[i - 1] and not parent.nodes[i - 1].locks:
             i -= 1  # the new page says all that this one does
-            old = parent.nodes[i]
-            self._unlink(old)
-            self._forget(old)
+            self._forget(parent.nodes[i])
         parent.keys.insert(i, key)
         parent.nodes.insert(i, node)
         self.version += 1
@@ -507,14 +474,12 @@ class PrefixCache:
             return
         self._unlock(tail)
         if not tail.locks:
-            self._unlink(tail)
             self._forget(tail)
 
     def _evict_page(self) -> None:
         node, _ = self._leaves.popitem(last=False)
         parent = node.parent
         assert parent is not None
-        self._unlink(node)
         self._forget(node)
         for offset, here in list(parent.checkpoints.items()):
             key = node.key[:offset]
@@ -529,7 +494,8 @@ class PrefixCache:
             self._leaves.move_to_end(parent, last=False)
 
     def _forget(self, node: Node) -> None:
-        """Gives the page of a node without locks back."""
+        """Takes a node without locks out of the tree, and gives its page back."""
+        self._unlink(node)
         self._leaves.pop(node, None)
         self._pages.release((node.page,))
         self.num_pages -= 1
@@ -563,14 +529,20 @@ class PrefixCache:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
+    def _checkpoint(self, node: Node, key: Ids) -> Checkpoint:
+        """The one there, which is no ghost any more, or a new one without a place for its state."""
+        found = node.checkpoints.setdefault(len(key), {}).setdefault(key, Checkpoint(node, key, None))
+        self._ghosts.pop(found, None)
+        return found
+
     def _touch(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.locks and not checkpoint.is_ghost:
             order = self._hosted if checkpoint.slot is None else self._idle
             order[checkpoint] = None
             order.move_to_end(checkpoint)
 
-    def _leave_slot(self, checkpoint: Checkpoint) -> None:
-        """To host memory, if it has room or something older; else for good. The slot is the caller's."""
+    def _leave_slot(self, checkpoint: Checkpoint) -> int:
+        """To host memory, if it has room or something older; else for good. Gives the slot, which is the caller's."""
         assert checkpoint.slot is not None
         slot, checkpoint.slot = checkpoint.slot, None
         self.num_checkpoints -= 1
@@ -578,10 +550,11 @@ class PrefixCache:
         checkpoint.host, checkpoint.returned = self._take_host(), False
         if checkpoint.host is None:
             self._become_ghost(checkpoint)
-            return
-        self.moves.append(StateMove(slot, checkpoint.host, out=True))
-        self.num_moved["evicted"] += 1
-        self._touch(checkpoint)
+        else:
+            self.moves.append(StateMove(slot, checkpoint.host, out=True))
+            self.num_moved["evicted"] += 1
+            self._touch(checkpoint)
+        return slot
 
     def _take_host(self) -> int | None:
         """A place in host memory, if need be that of the checkpoint not used for longest."""
@@ -628,6 +601,13 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     while start < end and a[start] == b[start]:
         start += 1
     return min(start, end)
+
+
+def _upwards(node: Node | None) -> Iterator[Node]:
+    """`node` and what is above it, the root last."""
+    while node is not None:
+        yield node
+        node = node.parent
 
 
 def _nearest(parent: Node, key: Ids) -> tuple[Node | None, int]:

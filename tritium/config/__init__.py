@@ -80,19 +80,14 @@ class EngineConfig:
     show_progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype {self.dtype} is not supported", hint=f"one of {', '.join(DTYPES)}")
-        if self.load_format not in LOAD_FORMATS:
-            hint = f"one of {', '.join(LOAD_FORMATS)}"
-            raise ConfigError(f"--load-format {self.load_format} is not supported", hint=hint)
-        if self.quantize is not None and self.quantize not in SCHEMES:
-            raise ConfigError(f"--quantize {self.quantize} is not supported", hint=f"one of {', '.join(SCHEMES)}")
+        for name, known in (("dtype", DTYPES), ("load_format", LOAD_FORMATS), ("quantize", SCHEMES),
+                            ("tool_call_parser", TOOL_CALL_PARSERS)):  # fmt: skip
+            asked = getattr(self, name)
+            if asked not in known and (name, asked) != ("quantize", None):
+                raise ConfigError(f"{flag(name)} {asked} is not supported", hint=f"one of {', '.join(known)}")
         if self.quantize is None and (self.keep_bf16 or self.quantize_also):
             flags = "--keep-bf16" if self.keep_bf16 else "--quantize-also"
             raise ConfigError(f"{flags} is about what --quantize takes", hint="--quantize int8, fp8, int4 or mxfp4")
-        if self.tool_call_parser not in TOOL_CALL_PARSERS:
-            hint = f"one of {', '.join(TOOL_CALL_PARSERS)}"
-            raise ConfigError(f"--tool-call-parser {self.tool_call_parser} is not supported", hint=hint)
         Speculation.parse(self.speculate)
         for name in (
             "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes",

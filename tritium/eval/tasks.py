@@ -5,8 +5,8 @@ templates of Jinja beside it; both are read when the first problem is drawn. A p
 held-out split uses other seeds, and also names, things, cities, tool names, parameter names and tuples of numbers that
 training never shows: a word or a tuple is held out when its checksum says so (`_held`), so the two splits cannot meet.
 
-`word_problems`, `tool_calls`, `recall` and `small_talk` return tasks; `grade` judges a generated answer; `samples`
-returns tasks with a reference reply, for training.
+`tasks` returns those of a kind; `grade` judges a generated answer; `samples` returns tasks with a reference reply, for
+training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 import re
 import tomllib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -336,16 +336,18 @@ def _word_problem(w: _World, only: str | None = None) -> Sample:
     if w.chance(0.25):
         text = w.pick(_words().wraps).format(text)
     thinking = w.chance(0.7)
-    if thinking:
-        reply = {"role": "assistant", "reasoning_content": "\n".join(steps), "content": answer}
-    else:
-        reply = {"role": "assistant", "content": " ".join([*steps, answer])}
+    thought = {"reasoning_content": "\n".join(steps)} if thinking else {}
+    reply = {"role": "assistant", **thought, "content": answer if thinking else " ".join([*steps, answer])}
     return Sample(Task("word_problem", _user(w, text), [], thinking, 256, value), reply)
 
 
 def _user(w: _World, text: str, system: float = 0.12) -> list[Message]:
     head: list[Message] = [{"role": "system", "content": w.pick(_words().system)}] if w.chance(system) else []
     return [*head, {"role": "user", "content": text}]
+
+
+def _reply(content: str, thinking: bool, thought: str) -> Message:
+    return {"role": "assistant", "content": content} | ({"reasoning_content": thought} if thinking else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,12 +449,12 @@ def _generic(w: _World) -> _Use:
     ask = w.say(f"[Please {verb}|{verb.capitalize()}|Can you {verb}|I want to {verb}|"
                 f"I need to {verb}|Could you {verb}] [{a}|the] {noun}")
     mark = "?" if ask.startswith("C") and ask.split()[1] == "you" else "."
+    parts = [f"{k} {v}" for k, v in told]
     if style <= 1:
-        parts = [f"{k} {v}" for k, v in told]
         joined = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
         request = f"{ask} with {joined}{mark}"
     elif style == 2:
-        request = f"{ask}: {', '.join(f'{k} {v}' for k, v in told)}."
+        request = f"{ask}: {', '.join(parts)}."
     elif style == 3:
         request = f"{ask}{mark} " + " ".join(f"The {k} is {v}." for k, v in told)
     elif style == 4:
@@ -509,9 +511,7 @@ def _tool_use(w: _World) -> Sample:
     if thinking and w.chance(0.5):  # most clients do not send the reasoning back
         call = {k: v for k, v in call.items() if k != "reasoning_content"}
     messages = [*messages, call, {"role": "tool", "content": use.response}]
-    answer: Message = {"role": "assistant", "content": use.answer}
-    if thinking:
-        answer["reasoning_content"] = f"{use.name} returned {use.response}"
+    answer = _reply(use.answer, thinking, f"{use.name} returned {use.response}")
     return Sample(Task("tool_answer", messages, tools, thinking, 256, use.needed), answer)
 
 
@@ -595,9 +595,7 @@ def _recall(w: _World, tokens: int, turns: int = 1) -> Sample:
         messages += [{"role": "assistant", "content": answer, "trained": True},
                      {"role": "user", "content": question_next}]
         statement, answer, value = statement_next, answer_next, value_next
-    reply: Message = {"role": "assistant", "content": answer}
-    if thinking:
-        reply["reasoning_content"] = f"The text says: {statement}"
+    reply = _reply(answer, thinking, f"The text says: {statement}")
     return Sample(Task("recall", messages, [], thinking, 128, value), reply)
 
 
@@ -611,9 +609,7 @@ def _talk(w: _World) -> Sample:
     text += w.pick(("?", "?", "")) if question else w.pick(("", "!", "."))
     text = text.lower() if w.chance(0.15) else text
     thinking = w.chance(0.5)
-    reply: Message = {"role": "assistant", "content": talk["answer"]}
-    if thinking:
-        reply["reasoning_content"] = talk["thought"]
+    reply = _reply(talk["answer"], thinking, talk["thought"])
     return Sample(Task("small_talk", _user(w, text), [], thinking, 96, tuple(talk["needed"])), reply)
 
 
@@ -624,24 +620,15 @@ def _talk(w: _World) -> Sample:
 def samples(kind: str, split: Split, seed: int, n: int, tokens: int = 4000, turns: int = 1) -> list[Sample]:
     """`n` samples of "word_problems", "tool_calls", "recall", "small_talk", "arithmetic" (sums without a
     story) or "conversations" (several turns)."""
-    found = []
-    for i in range(n):
-        w = _World(f"{split}/{kind}/{seed}/{i}", split)
-        if kind == "word_problems":
-            found.append(_word_problem(w))
-        elif kind == "arithmetic":
-            found.append(_word_problem(w, "plain"))
-        elif kind == "tool_calls":
-            found.append(_tool_use(w))
-        elif kind == "recall":
-            found.append(_recall(w, tokens, turns))
-        elif kind == "small_talk":
-            found.append(_talk(w))
-        elif kind == "conversations":
-            found.append(_conversation(w))
-        else:
-            raise ValueError(f"unknown kind of task: {kind}")
-    return found
+    draw: Callable[[_World], Sample] = {
+        "word_problems": _word_problem,
+        "arithmetic": lambda w: _word_problem(w, "plain"),
+        "tool_calls": _tool_use,
+        "recall": lambda w: _recall(w, tokens, turns),
+        "small_talk": _talk,
+        "conversations": _conversation,
+    }[kind]
+    return [draw(_World(f"{split}/{kind}/{seed}/{i}", split)) for i in range(n)]
 
 
 def _conversation(w: _World) -> Sample:
@@ -655,18 +642,6 @@ def _conversation(w: _World) -> Sample:
     return replace(last, task=replace(last.task, messages=messages))
 
 
-def word_problems(split: Split, seed: int, n: int) -> list[Task]:
-    return [s.task for s in samples("word_problems", split, seed, n)]
-
-
-def tool_calls(split: Split, seed: int, n: int) -> list[Task]:
-    """Calls to make, answers to give from a call's response, and questions for which no offered tool is needed."""
-    return [s.task for s in samples("tool_calls", split, seed, n)]
-
-
-def recall(split: Split, seed: int, n: int, tokens: int = 4000) -> list[Task]:
-    return [s.task for s in samples("recall", split, seed, n, tokens)]
-
-
-def small_talk(split: Split, seed: int, n: int) -> list[Task]:
-    return [s.task for s in samples("small_talk", split, seed, n)]
+def tasks(kind: str, split: Split, seed: int, n: int) -> list[Task]:
+    """The tasks of `samples` alone."""
+    return [sample.task for sample in samples(kind, split, seed, n)]

@@ -19,6 +19,7 @@ from tritium.eval import kl, tasks
 SEED = 20_000
 """Of the held-out problems; training draws from another split and other seeds."""
 
+KINDS = ("word_problems", "tool_calls", "recall", "small_talk")
 TARGETS = {"word_problems": 0.90, "tool_calls": 0.95, "recall": 0.95, "mtp_acceptance": 0.70}
 """What the embedded models must reach."""
 
@@ -29,12 +30,7 @@ def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str
     `count` problems of each kind. `mtp_acceptance` is the share of the MTP head's first drafts, over all kinds, that
     were the very token the model went on with (None where nothing was drafted).
     """
-    kinds = {
-        "word_problems": tasks.word_problems("heldout", seed, count),
-        "tool_calls": tasks.tool_calls("heldout", seed, count),
-        "recall": tasks.recall("heldout", seed, count),
-        "small_talk": tasks.small_talk("heldout", seed, count),
-    }
+    kinds = {kind: tasks.tasks(kind, "heldout", seed, count) for kind in KINDS}
     figures: dict[str, Any] = {"model": config.model, "count": count, "seed": seed}
     with LLM.load(config) as llm:
         begin = time.perf_counter()
@@ -74,7 +70,7 @@ def run_schemes(
     chat = kl.text_format(config)
     texts = [
         chat.encode(chat.render([*s.task.messages, s.reply], tools=s.task.tools or None, add_generation_prompt=False))
-        for kind in ("word_problems", "tool_calls", "recall", "small_talk")
+        for kind in KINDS
         for s in tasks.samples(kind, "heldout", seed + 1, count, tokens=1000)
     ]
     plain = variant(config, "none")
@@ -109,7 +105,7 @@ def _right(task: tasks.Task, answer: Completion) -> bool:
 def table(figures: Mapping[str, Any]) -> str:
     """The figures beside their targets, for a terminal."""
     lines = [f"{figures['model']}: {figures['count']} held-out problems of each kind, greedy"]
-    for kind in ("word_problems", "tool_calls", "recall", "small_talk", "mtp_acceptance"):
+    for kind in (*KINDS, "mtp_acceptance"):
         value, target = figures[kind], TARGETS.get(kind)
         shown = "no head" if value is None else f"{value:8.1%}"
         lines.append(f"  {kind:<16}{shown:>8}" + (f"   (target {target:.0%})" if target else ""))

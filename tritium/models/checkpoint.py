@@ -254,10 +254,14 @@ def load_parameters(
     pages of the mapped file, which the kernel takes back as it needs). Experts are quantized a few at a time.
     `progress` draws a bar in bytes on stderr.
     """
+    from tqdm import tqdm
+
     if checkpoint.is_dummy:
         return draw_parameters(checkpoint.config, dtype=dtype, device=device, text_ids=checkpoint.text_ids)
     parameters = allocate(checkpoint.config, dtype=dtype, device=device)
-    with _progress(checkpoint, progress) as done:
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", file=sys.stderr, disable=not progress,
+              leave=False) as bar:  # fmt: skip
         for tensor, place, source in _stream(checkpoint):
             try:
                 fill(parameters[place.parameter], place, *source)
@@ -265,7 +269,7 @@ def load_parameters(
                 what = "is damaged" if tensor.parts else "cannot be quantized"
                 raise CheckpointError(f"{tensor.file.name}: {tensor.name} {what}: {e}",
                                       hint=_AGAIN if tensor.parts else f"--keep-bf16 {tensor.name}") from e
-            done(tensor)
+            bar.update(tensor.nbytes)
     return parameters
 
 
@@ -447,21 +451,10 @@ def read(tensor: StoredTensor, opened: Any = None) -> torch.Tensor:
         return file.get_tensor(tensor.name)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _progress(checkpoint: Checkpoint, shown: bool) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="loading", file=sys.stderr, disable=not shown, leave=False
-    ) as bar:
-        yield lambda tensor: bar.update(tensor.nbytes)
-
-
-def _some(names: Iterable[str], most: int = 10) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
-    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    rest = f", ... ({len(names)} in all)" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + rest
 
 
 def _one_line(error: BaseException) -> str:

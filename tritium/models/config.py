@@ -46,8 +46,6 @@ _HARMLESS = frozenset((
 ))  # fmt: skip
 """Keys that do not change what the text model computes at inference (vision ones belong to the unloaded tower)."""
 
-_HARMLESS_OUTER = _HARMLESS | {"text_config"}
-
 _HARMLESS_ROPE = frozenset(("mrope_section", "mrope_interleaved", "type"))
 """mRoPE tells apart time, height and width of an image; for text the three positions are equal."""
 
@@ -121,10 +119,6 @@ class ModelConfig:
         return ", ".join(f"{count:,} tensors {scheme}" for scheme, count in counts.items())
 
     @property
-    def num_layers(self) -> int:
-        return len(self.layer_types)
-
-    @property
     def attention_layers(self) -> tuple[int, ...]:
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == "full_attention")
 
@@ -188,7 +182,7 @@ def parse_config(raw: Mapping[str, Any], *, generation: Mapping[str, Any] | None
         mtp_layers=text.choice("mtp_num_hidden_layers", 0, (0, 1)),
         eos_ids=_eos_ids(generation or {}, text.raw, raw),
     )
-    unknown = text.unknown(_HARMLESS) + ([k for k in raw if k not in _HARMLESS_OUTER] if nested else [])
+    unknown = text.unknown(_HARMLESS) + ([k for k in raw if k not in _HARMLESS | {"text_config"}] if nested else [])
     if unknown:
         log.warning("config.json: ignoring unknown keys: %s", ", ".join(unknown))
     return config

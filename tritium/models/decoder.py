@@ -30,9 +30,7 @@ class Layer:
         norm_H, eps = parameters[f"{prefix}.input_norm.weight"], config.rms_eps
         self.mixer: Attention | GatedDeltaNet
         if kind == FULL:
-            self.mixer = Attention(
-                parameters, f"{prefix}.attn", norm_H=norm_H, rope_table_LF2=rope_table_LF2, eps=eps
-            )
+            self.mixer = Attention(parameters, f"{prefix}.attn", norm_H=norm_H, rope_table_LF2=rope_table_LF2, eps=eps)
         else:
             self.mixer = GatedDeltaNet(
                 parameters, f"{prefix}.gdn", norm_H=norm_H, key_heads=config.gdn_key_heads, eps=eps
@@ -105,9 +103,7 @@ class MtpHead:
         self.layer = Layer(parameters, "mtp.layer", config, FULL, rope_table_LF2)
         self.eps = config.rms_eps
 
-    def __call__(
-        self, hidden_TH: torch.Tensor, next_TH: torch.Tensor, spans: Spans, cache: LayerCache
-    ) -> torch.Tensor:
+    def __call__(self, hidden_TH: torch.Tensor, next_TH: torch.Tensor, spans: Spans, cache: LayerCache) -> torch.Tensor:
         x_TH = torch.cat(
             [
                 rms_norm(x_MD=next_TH, w_D=self.norm_embedding, eps=self.eps),
@@ -122,9 +118,7 @@ class MtpHead:
 def rope_table(config: ModelConfig, positions: int, device: torch.device) -> torch.Tensor:
     """cos and sin of every position, [L, F, 2] float32, scaled by YaRN's attention factor."""
     frequencies, factor = inverse_frequencies(config.rope)
-    angles_LF = torch.arange(positions, dtype=torch.float32)[:, None] * torch.tensor(
-        frequencies, dtype=torch.float32
-    )
+    angles_LF = torch.arange(positions, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
     return (torch.stack([angles_LF.cos(), angles_LF.sin()], dim=-1) * factor).to(device)
 
 

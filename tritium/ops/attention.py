@@ -80,7 +80,6 @@ SPEC = OpSpec(
     results=lambda arguments, returned: {"o_TND": returned},
     bytes_moved=lambda d, size: size * (2 * d["G"] * d["D"] * (d["L"] + d["T"]) + 3 * d["T"] * d["N"] * d["D"]),
     flops=lambda d: 4 * d["T"] * d["N"] * d["D"] * (d["L"] + d["T"]),
-    tuning_key=("N", "G", "D"),
 )
 
 

@@ -52,7 +52,6 @@ SPEC = OpSpec(
     },
     bytes_moved=lambda d, size: size * d["T"] * 2 * (2 * d["N"] * d["D"] + 2 * d["G"] * d["D"]),
     flops=lambda d: 10 * d["T"] * (d["N"] + d["G"]) * d["D"],
-    tuning_key=("D",),
 )
 
 
@@ -80,9 +79,7 @@ def reference(
     return q_TND, gate_TND
 
 
-def _normed_and_turned(
-    x_TND: torch.Tensor, w_D: torch.Tensor, eps: float, turns_TF2: torch.Tensor
-) -> torch.Tensor:
+def _normed_and_turned(x_TND: torch.Tensor, w_D: torch.Tensor, eps: float, turns_TF2: torch.Tensor) -> torch.Tensor:
     x = x_TND.to(wide(x_TND.dtype))
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1.0 + w_D)
     half = turns_TF2.shape[1]

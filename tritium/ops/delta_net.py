@@ -77,7 +77,6 @@ SPEC = OpSpec(
         + 8 * (3 if d.get("long") else 2) * d["nv"] * d["dk"] * d["dv"]
     ),
     flops=lambda d: 7 * (2 + d.get("drafts", 0) + d.get("long", 0)) * d["nv"] * d["dk"] * d["dv"],
-    tuning_key=("nv", "dk", "dv"),
 )
 
 

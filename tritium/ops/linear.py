@@ -124,7 +124,6 @@ SPEC = OpSpec(
     bytes_moved=lambda d, size: size * (d["M"] * d["K"] + d["M"] * d["N"]) + _weight_bytes(d, size),
     flops=lambda d: 2 * d["M"] * (1 + d.get("gated", 0)) * d["N"] * d["K"],
     floor=lambda d: granted(scheme_of(d)),
-    tuning_key=("N", "K", "gated", "M"),
 )
 
 

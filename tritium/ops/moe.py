@@ -149,7 +149,6 @@ SPEC = OpSpec(
     attest=0.3,
     # Of activations that are rounded in the middle, which neither float32 nor float64 puts on the same side of a tie.
     floor=lambda d: _STEP[getattr(scheme_of(d), "activations", None)],
-    tuning_key=("E", "K", "H", "I"),
 )
 
 moe = Op(SPEC, reference, "moe:moe")

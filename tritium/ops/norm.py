@@ -55,9 +55,7 @@ def _normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def reference(
-    *, x_MD: torch.Tensor, w_D: torch.Tensor, eps: float, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def reference(*, x_MD: torch.Tensor, w_D: torch.Tensor, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
     """y_MD in `dtype`, else in x's."""
     return (_normalised(x_MD, eps) * (1.0 + w_D)).to(dtype or x_MD.dtype)
 

@@ -17,7 +17,6 @@ from tritium.core import SHORT_ROW
 Made = TypeVar("Made")
 
 
-
 @dataclass(frozen=True)
 class Spans:
     """Row r holds tokens [starts[r], starts[r] + lengths[r]) of the step, at positions contexts[r], contexts[r] + 1, …
@@ -110,8 +109,7 @@ class Spans:
         of_tokens_2T[0, :tokens] = row_T
         of_tokens_2T[1, :tokens] = offset_T + torch.tensor(self.contexts)[row_T]
         columns_NR, pages_RP, of_tokens_2T = (
-            part.view(-1, n)
-            for part, n in zip(host.to(self.device).split(sizes), (stride, width, room), strict=True)
+            part.view(-1, n) for part, n in zip(host.to(self.device).split(sizes), (stride, width, room), strict=True)
         )
         return Table._make((*columns_NR[:, :rows].unbind(), pages_RP, *of_tokens_2T[:, :tokens].unbind()))
 

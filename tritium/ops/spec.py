@@ -39,10 +39,6 @@ class OpSpec:
     """Relative difference from the reference, in bfloat16, above which the self-test at the start fails."""
     floor: Callable[[Dims], float] = lambda dims: 0.0
     """Relative error that is granted in any dtype: where a result hangs on a rounding to fewer bits on the way."""
-    features: frozenset[str] = frozenset()
-    """Target features that the fastest form needs."""
-    tuning_key: tuple[str, ...] = ()
-    """Dims that select launch parameters."""
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,6 @@ class Runner:
         """Makes the graphs."""
         self.graphs = Graphs(self.model, self.caches, max_rows=max_rows, drafts=drafts, max_pages=max_pages)
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        return self.launch(plan).result()
-
     @torch.inference_mode()
     def launch(self, plan: StepPlan, after: Flight | None = None) -> Flight:
         """Starts a step. `after`: the one before it, where `plan` was made one step ahead."""

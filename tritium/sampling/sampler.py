@@ -26,10 +26,6 @@ class Sampled:
     token: int | None
     logprob: TokenLogprob | None = None
 
-    @property
-    def failed(self) -> bool:
-        return self.token is None
-
 
 class Sampler:
     """Draws one token a row. A row's outcome depends on its own plan and logits alone."""
@@ -51,9 +47,7 @@ class Sampler:
         return [Sampled(token, told.get(i)) for i, token in enumerate(tokens)]
 
     @staticmethod
-    def _logprobs(
-        rows: Sequence[Site], logits_SV: torch.Tensor, tokens: list[int | None]
-    ) -> dict[int, TokenLogprob]:
+    def _logprobs(rows: Sequence[Site], logits_SV: torch.Tensor, tokens: list[int | None]) -> dict[int, TokenLogprob]:
         """Of the raw distribution, for the rows that want them."""
         asked = {
             i: (token, row.sampling.logprobs)

@@ -225,9 +225,7 @@ class Reuse:
         if leader not in known:
             if len(known) > 64:
                 known.clear()
-            known[leader] = common_prefix(
-                request.ids(0, request.num_tokens), leader.ids(0, leader.num_tokens)
-            )
+            known[leader] = common_prefix(request.ids(0, request.num_tokens), leader.ids(0, leader.num_tokens))
         return known[leader]
 
     def _tell(self, request: Request, match: Match) -> None:
