@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tritium.core import ConfigError
 from tritium.models.config import ModelConfig, RopeConfig, parse_config
-from tritium.models.parameters import parameter_shapes, weight_bytes
+from tritium.models.parameters import parameter_shapes, stored_sizes
 from tritium.models.rope import inverse_frequencies
 
 FLAT: dict[str, Any] = {
@@ -240,9 +240,9 @@ def test_older_spelling_of_yarn() -> None:
     assert config.max_position == 4096  # YaRN extends the context that the checkpoint was trained for
 
 
-def test_weight_bytes_count_matrices_in_the_compute_dtype_and_vectors_in_float32() -> None:
+def test_stored_sizes_count_matrices_in_the_compute_dtype_and_vectors_in_float32() -> None:
     config = parse_config(MOE)
     specs = parameter_shapes(config).values()
     matrix, vector = (sum(torch.Size(s.shape).numel() for s in specs if s.role == r) for r in ("matrix", "vector"))
-    assert weight_bytes(config, "bfloat16") == 2 * matrix + 4 * vector
-    assert weight_bytes(config, "float32") == 4 * (matrix + vector)
+    assert sum(stored_sizes(config, 2).values()) == 2 * matrix + 4 * vector
+    assert sum(stored_sizes(config, 4).values()) == 4 * (matrix + vector)

@@ -15,7 +15,7 @@ from tritium.api import LLM
 from tritium.cache import PagePool, PrefixCache, SlotPool, may_resume, pages_for
 from tritium.chat import byte_chat_format
 from tritium.config import EngineConfig
-from tritium.core import Request, SamplingParams, StateMove
+from tritium.core import Request, SamplingParams, StateMove, StepPlan
 from tritium.draft.proposers import HeadProposer
 from tritium.engine import Engine
 
@@ -330,9 +330,11 @@ def test_those_that_arrive_together_compute_what_they_share_once(engine: Engine,
     requests = [request(f"r{i}", shared + prompt(rng, 20)) for i in range(8)]
     requests.insert(1, request("other", other))
     counted: list[int] = []
-    got, stats = serve(
-        engine, again(requests), budget=128, checkpoints=16, observe=lambda plan, _: counted.append(plan.num_tokens)
-    )
+
+    def count(plan: StepPlan, _: object) -> None:
+        counted.append(sum(len(row.ids) for row in plan.rows))
+
+    got, stats = serve(engine, again(requests), budget=128, checkpoints=16, observe=count)
     assert got == serve(engine, again(requests))[0]
     assert stats.prefix_hit_tokens >= 7 * (300 - 64)  # up to 64 tokens are not worth waiting for
     assert sum(counted) == stats.prompt_tokens - stats.prefix_hit_tokens + 9 * 7

@@ -72,7 +72,7 @@ def distribution(logits: Sequence[float], plan: Site) -> list[float]:
     asked, x = plan.sampling, [float(value) for value in logits]
     for i, bias in asked.logit_bias.items():
         x[i] += bias
-    output = list(plan.history or ())[plan.prompt_len :]
+    output = list(plan.history or ())[plan.row.prompt_len :]
     for i in set(plan.history or ()):
         x[i] = x[i] / asked.repetition_penalty if x[i] > 0 else x[i] * asked.repetition_penalty
         x[i] -= asked.frequency_penalty * output.count(i) + asked.presence_penalty * (i in output)
@@ -98,7 +98,7 @@ def distribution(logits: Sequence[float], plan: Site) -> list[float]:
 
 def check_draw(got: Sampled, logits: Sequence[float], plan: Site) -> None:
     p = distribution(logits, plan)
-    u, upto = python_uniform(plan.seed, plan.position), np.cumsum(p)
+    u, upto = python_uniform(plan.row.seed, plan.position), np.cumsum(p)
     assert got.token is not None
     assert p[got.token] > 0, "a token that the filters exclude"
     before = upto[got.token] - p[got.token]

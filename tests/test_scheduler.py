@@ -633,7 +633,7 @@ class World:
             victim.fold, victim.drafts = 0, ()
             self.preempted += 1
         assert len({row.request_id for row in plan.rows}) == len(plan.rows)
-        assert 0 < plan.num_tokens <= self.budget
+        assert 0 < sum(len(row.ids) for row in plan.rows) <= self.budget
 
         running = sorted((s for s in self.alive.values() if s.running), key=lambda s: s.key)
         waiting = sorted((s for s in self.alive.values() if not s.running), key=lambda s: s.key)

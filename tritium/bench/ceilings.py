@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 import time
@@ -35,9 +34,6 @@ class Ceilings:
     def line(self) -> str:
         return (f"{self.device}: reads {self.read / 1e9:,.0f} GB/s, copies {self.copy / 1e9:,.0f} GB/s, "
                 f"multiplies {self.dot / 1e12:,.2f} TFLOP/s")
-
-    def json(self) -> dict[str, float | str]:
-        return dataclasses.asdict(self)
 
 
 def measure(device: str = "auto", *, small: bool = False) -> Ceilings:

@@ -53,20 +53,22 @@ class Step:
 
     def batch(self) -> ForwardBatch:
         rows = self.decode + bool(self.prefill)
-        tail = (self.prefill,) if self.prefill else ()
-        lengths = (1 + self.drafts,) * self.decode + tail
+
+        def each(short: Any, long: Any) -> tuple[Any, ...]:
+            return (short,) * self.decode + (long,) * bool(self.prefill)
+
         spans = Spans(
-            lengths=lengths,
-            contexts=(1000,) * self.decode + (1024,) * bool(tail),
+            lengths=each(1 + self.drafts, self.prefill),
+            contexts=each(1000, 1024),
             slots=tuple(range(1, rows + 1)),
             pages=(tuple(range(1, 64)),) * rows,
             device=_META,
             sources=tuple(range(2, rows + 2)),
-            folds=(self.drafts,) * self.decode + (0,) * bool(tail),
-            drafts=(self.drafts,) * self.decode + (0,) * bool(tail),
-            snapshots=((),) * self.decode + (((1024 + self.prefill // 2, 60), (1023 + self.prefill, 61)),) * bool(tail),
+            folds=each(self.drafts, 0),
+            drafts=each(self.drafts, 0),
+            snapshots=each((), ((1024 + self.prefill // 2, 60), (1023 + self.prefill, 61))),
         )
-        draws = list(range(spans.num_tokens - self.prefill)) + [spans.num_tokens - 1] * bool(tail)
+        draws = list(range(spans.num_tokens - self.prefill)) + [spans.num_tokens - 1] * bool(self.prefill)
         return ForwardBatch(spans.tensor([0] * spans.num_tokens), spans, spans.tensor(draws))
 
 

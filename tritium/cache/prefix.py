@@ -283,9 +283,7 @@ class PrefixCache:
     def attach(self, lease: Lease, ids: Tokens, position: int, slot: int, *, cold: bool = False) -> None:
         """Hangs the state in `slot` at `position` of a published sequence; the tree owns the slot from now on.
         `cold` puts it among the first to be evicted."""
-        node = lease.node
-        while node.end >= position and node.parent is not None:
-            node = node.parent
+        node = next(node for node in _upwards(lease.node) if node.end < position or node.parent is None)
         key = ids(node.end, position)
         assert _covered(node, key), "a checkpoint without its KV"
         found = self._checkpoint(node, key)
@@ -340,9 +338,9 @@ class PrefixCache:
         self.version += 1
         self.make_room(self._pages.num_free + self.num_evictable)
 
-    def walk(self) -> Iterator[Node]:
-        """Every page, parents first."""
-        stack = list(self._root.nodes)
+    def walk(self, top: Sequence[Node] | None = None) -> Iterator[Node]:
+        """Every page, or `top` and all below, parents first."""
+        stack = list(self._root.nodes if top is None else top)
         while stack:
             yield (node := stack.pop())
             stack += node.nodes
@@ -436,12 +434,8 @@ class PrefixCache:
             node = child
         if common < len(wanted):
             return chosen | ({child: common} if child is not None and common else {})
-        stack = [each for each, key in zip(node.nodes, node.keys) if key[:common] == wanted]
-        while stack:
-            node = stack.pop()
-            chosen[node] = len(node.key)
-            stack += node.nodes
-        return chosen
+        top = [each for each, key in zip(node.nodes, node.keys) if key[:common] == wanted]
+        return chosen | {node: len(node.key) for node in self.walk(top)}
 
     # ---- nodes ------------------------------------------------------------------------------------------------
 

@@ -236,7 +236,7 @@ def _report(kind: str, config: EngineConfig | None, cells: Iterator[dict[str, An
         result |= {"model": config.model, "load_format": config.load_format, "speculate": config.speculate,
                    "forced_acceptance": config.benchmark_force_acceptance}
     if ceilings is not None:
-        result["ceilings"] = ceilings.json()
+        result["ceilings"] = dataclasses.asdict(ceilings)
     click.echo(json.dumps(result))
     if plot:
         show.plot(result, Path(plot))

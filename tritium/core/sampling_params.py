@@ -65,16 +65,14 @@ class SamplingParams:
         _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
         _within("n", self.n, 1, MAX_N)
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None:
-                _within(name, value, 0, MAX_LOGPROBS)
-        if self.max_tokens is not None:
-            _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
-            if self.min_tokens > self.max_tokens:
-                raise RequestError(
-                    f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})", param="min_tokens"
-                )
+        for name, low, high in (("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS),
+                                ("max_tokens", 1, 2**31 - 1)):  # fmt: skip
+            if (value := getattr(self, name)) is not None:
+                _within(name, value, low, high)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})", param="min_tokens"
+            )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise RequestError("seed must fit in 64 bits", param="seed")
         if len(self.stop) > MAX_STOP_STRINGS:

@@ -174,14 +174,6 @@ class Site:
         return self.row.sampling
 
     @property
-    def seed(self) -> int:
-        return self.row.seed
-
-    @property
-    def prompt_len(self) -> int:
-        return self.row.prompt_len
-
-    @property
     def position(self) -> int:
         return self.row.stop - self.row.num_drafts + len(self.new)
 
@@ -220,10 +212,6 @@ class StepPlan:
     """Requests whose pages and slot were taken back while planning, for metrics and logs."""
     moves: tuple[StateMove, ...] = ()
     """Done in this order, before the forward pass reads or writes a slot."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(row.ids) for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)

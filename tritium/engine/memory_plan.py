@@ -15,7 +15,7 @@ from tritium.config import EngineConfig, flag
 from tritium.core import PAGE_TOKENS, CapacityError, ConfigError
 from tritium.hw import Target
 from tritium.models.config import ModelConfig
-from tritium.models.parameters import ITEM_BYTES, weight_bytes
+from tritium.models.parameters import ITEM_BYTES, stored_sizes
 
 _FLOAT32 = 4
 _CHECKPOINT_SHARE = 1 / 8
@@ -108,7 +108,7 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
     dtype = compute_dtype(config, engine, target)
     width = ITEM_BYTES[dtype]
     budget = _budget(engine, target)
-    weights = weight_bytes(config, dtype)
+    weights = sum(stored_sizes(config, width).values())
     asked_len = engine.max_model_len or config.max_position
     drafts = engine.drafts(config.mtp_layers > 0)
     fixed, per_row = workspace_bytes(config, engine.batched_tokens(target.is_gpu), asked_len, width, drafts)
@@ -171,7 +171,7 @@ def fits(config: ModelConfig, engine: EngineConfig, target: Target, context: int
     drafts = engine.drafts(config.mtp_layers > 0)
     fixed, per_row = workspace_bytes(config, engine.batched_tokens(target.is_gpu), max(asked, context), width, drafts)
     per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width, drafts)
-    left = _budget(engine, target) - weight_bytes(config, dtype) - fixed - per_page - per_slot
+    left = _budget(engine, target) - sum(stored_sizes(config, width).values()) - fixed - per_page - per_slot
     return max(0, left // (per_row + per_slot + pages_for(context) * per_page))
 
 

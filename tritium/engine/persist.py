@@ -28,6 +28,8 @@ import torch
 
 from tritium.cache import Checkpoint, Node, PrefixCache
 from tritium.core import CacheFileError, ConfigError, RequestError
+from tritium.models.checkpoint import STORED_AS
+from tritium.models.save import Entry, header
 from tritium.nn.batch import AttentionCache
 from tritium.runner import Runner
 
@@ -35,7 +37,6 @@ DEFAULT_NAME = "cache"
 VERSION = "1"
 _FORMAT = "tritium-cache"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CHUNK_PAGES = 256
 _CHUNK_BYTES = 16 << 20
 _NO_DIGEST = "0" * 64
@@ -68,10 +69,9 @@ class CacheFiles:
         pages, states = cache.holdings(ids)
         if not pages:
             raise CacheFileError("there is nothing to save: none of it is in the cache")
-        header = self._header(pages, states, runner)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            _write(temporary, header, _payload(pages, states, runner))
+            _write(temporary, self._header(pages, states, runner), _payload(pages, states, runner))
             os.replace(temporary, path)
             _sync(self.directory)
             size = path.stat().st_size
@@ -110,16 +110,9 @@ class CacheFiles:
         place = {node: i for i, (node, _) in enumerate(pages)}
         offsets = [[i, len(checkpoint.key)] for i, checkpoint in states]
         tree = {"pages": [[place.get(node.parent, -1), count] for node, count in pages], "states": offsets}  # type: ignore[arg-type]
-        fields: dict[str, Any] = {
-            "__metadata__": {"format": _FORMAT, "version": VERSION, "sha256": _NO_DIGEST, **self.identity,
-                             "tree": json.dumps(tree, separators=(",", ":"))}}
-        end = 0
-        for tensor, dtype, shape, size in _tensors(len(pages), sum(n for _, n in pages), len(states), runner):
-            fields[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(fields, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        metadata = {"format": _FORMAT, "version": VERSION, "sha256": _NO_DIGEST, **self.identity,
+                    "tree": json.dumps(tree, separators=(",", ":"))}  # fmt: skip
+        return header(metadata, _tensors(len(pages), sum(n for _, n in pages), len(states), runner))
 
 
 class _Opened:
@@ -196,11 +189,10 @@ def _pools(runner: Runner) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"pages.{i}.values", cache.v_pages
 
 
-def _tensors(pages: int, tokens: int, states: int, runner: Runner) -> Iterator[tuple[str, str, list[int], int]]:
+def _tensors(pages: int, tokens: int, states: int, runner: Runner) -> Iterator[Entry]:
     """Name, dtype, shape and bytes of every tensor, as `_payload` gives them."""
     for name, pool in _pools(runner):
-        dtype = _DTYPES[str(pool.dtype).removeprefix("torch.")]
-        yield name, dtype, [pages, *pool.shape[1:]], pages * pool[0].numel() * pool.element_size()
+        yield name, STORED_AS[pool.dtype], [pages, *pool.shape[1:]], pages * pool[0].nbytes
     yield "ids", "I32", [tokens], 4 * tokens
     size = runner.states.num_bytes
     yield "states", "U8", [states, size], states * size

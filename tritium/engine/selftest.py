@@ -90,12 +90,8 @@ def _run(model: Decoder, drafts: int, compared: Any) -> None:
 
 
 def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.clone()
-        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() < _LARGE
-        else value
-        for name, value in arguments.items()
-    }
+    small = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.nbytes < _LARGE}
+    return arguments | {name: x.clone() for name, x in small.items()}
 
 
 def _difference(value: torch.Tensor, want: torch.Tensor) -> float:

@@ -10,7 +10,6 @@ Shapes: T tokens of a chunk, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import statistics
 import sys
@@ -89,13 +88,12 @@ class _Reader:
         self.engine.runner.observer = self._observe
         self.start = 0
         self.logits_TV = torch.empty(0)
-        self._names = itertools.count()
 
     def _observe(self, plan: StepPlan, logits_TV: torch.Tensor) -> None:
         self.start, self.logits_TV = plan.rows[0].start, logits_TV
 
     def add(self, ids: Sequence[int]) -> None:
-        self.engine.add(Request(id=str(next(self._names)), prompt_ids=list(ids), sampling=_ONCE, seed=0))
+        self.engine.add(Request(id="window", prompt_ids=list(ids), sampling=_ONCE, seed=0))
 
 
 def compare(reference: EngineConfig, other: EngineConfig, windows: Iterable[Sequence[int]], *, longest: int,

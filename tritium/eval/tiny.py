@@ -44,9 +44,8 @@ def run(config: EngineConfig, *, count: int = 100, seed: int = SEED) -> dict[str
         figures["tokens_per_forward"] = stats.generated_tokens / max(1, stats.decode_rows)
         if stats.forced_acceptance is not None:
             figures["forced_acceptance"] = stats.forced_acceptance
-        figures["generated_tokens"] = stats.generated_tokens
-        figures["prompt_tokens"] = stats.prompt_tokens
-        figures["seconds"] = round(time.perf_counter() - begin, 1)
+        figures |= {"generated_tokens": stats.generated_tokens, "prompt_tokens": stats.prompt_tokens,
+                    "seconds": round(time.perf_counter() - begin, 1)}
     return figures
 
 

@@ -35,8 +35,8 @@ INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 STORED_AS = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32",
-             torch.bfloat16: "BF16"}  # fmt: skip
-"""Dtypes of quantized tensors, as safetensors spells them."""
+             torch.bfloat16: "BF16", torch.float16: "F16"}  # fmt: skip
+"""Dtypes as safetensors spells them."""
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 _AGAIN = "download it again"
@@ -377,15 +377,10 @@ def _settle(config: ModelConfig, raw: dict[str, Any], stored: dict[str, StoredTe
     if config.mtp_layers and not any(name.startswith("mtp.") for name in stored):
         log.warning("config.json announces an MTP head, but there is no mtp.* tensor: continuing without it")
         config = replace(config, mtp_layers=0)
-    if config.tied_embeddings and embed and head and (head.parts or not _equal(embed, head)):
+    if config.tied_embeddings and embed and head and (head.parts or not torch.equal(read(embed), read(head))):
         log.warning("tie_word_embeddings is set, but lm_head.weight differs from the embeddings: using both")
         config = replace(config, tied_embeddings=False)
     return config
-
-
-def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    with _opened(a.file) as file_a, _opened(b.file) as file_b:
-        return torch.equal(file_a.get_tensor(a.name), file_b.get_tensor(b.name))
 
 
 def _account(directory: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[StoredTensor, Placement]:

@@ -237,10 +237,7 @@ class _Fields:
 def _architecture(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise ConfigError(
-            f"config.json: architectures = {json.dumps(names)} is not supported",
-            hint=f"supported: {', '.join(ARCHITECTURES)}",
-        )
+        raise _Fields(raw, "").error("architectures", names, ", ".join(ARCHITECTURES))
     return str(names[0])
 
 

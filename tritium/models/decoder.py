@@ -104,14 +104,9 @@ class MtpHead:
         self.eps = config.rms_eps
 
     def __call__(self, hidden_TH: torch.Tensor, next_TH: torch.Tensor, spans: Spans, cache: LayerCache) -> torch.Tensor:
-        x_TH = torch.cat(
-            [
-                rms_norm(x_MD=next_TH, w_D=self.norm_embedding, eps=self.eps),
-                rms_norm(x_MD=hidden_TH, w_D=self.norm_hidden, eps=self.eps),
-            ],
-            dim=-1,
-        )
-        x_TH = linear(x_MK=x_TH, w_JK=self.fc).to(wide(self.fc.dtype))
+        next_TH = rms_norm(x_MD=next_TH, w_D=self.norm_embedding, eps=self.eps)
+        hidden_TH = rms_norm(x_MD=hidden_TH, w_D=self.norm_hidden, eps=self.eps)
+        x_TH = linear(x_MK=torch.cat([next_TH, hidden_TH], dim=-1), w_JK=self.fc).to(wide(self.fc.dtype))
         return rms_norm(x_MD=self.layer(x_TH, spans, cache), w_D=self.norm, eps=self.eps, dtype=self.fc.dtype)
 
 

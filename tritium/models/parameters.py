@@ -122,11 +122,6 @@ def stored_sizes(config: ModelConfig, width: int) -> dict[str, int]:
     return sizes
 
 
-def weight_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of all parameters with matrices in `dtype` (float32, bfloat16 or float16), where they are not quantized."""
-    return sum(stored_sizes(config, ITEM_BYTES[dtype]).values())
-
-
 class _Declaration:
     """Collects parameters together with the checkpoint tensors that fill them."""
 

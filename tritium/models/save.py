@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,9 @@ from tritium.models.checkpoint import INDEX, STORED_AS, Checkpoint, StoredTensor
 from tritium.models.parameters import blocks, canonical_name
 from tritium.ops.quantized import SCHEMES, Scheme, quantize, stored_shapes
 from tritium.quant import declaration
+
+Entry = tuple[str, str, Sequence[int], int]
+"""Name, dtype as safetensors spells it, shape and bytes of a tensor in a file."""
 
 
 def save(checkpoint: Checkpoint, directory: Path, *, device: str = "cpu", progress: bool = False) -> tuple[int, int]:
@@ -48,13 +51,11 @@ def save(checkpoint: Checkpoint, directory: Path, *, device: str = "cpu", progre
         ) as bar:
             for file, tensors in files.items():
                 chosen = {tensor: schemes.get(canonical_name(tensor.name)) for tensor in tensors}
-                header, size = _header(chosen)
-                after += size
-                places |= {name: file.name for name in header if name != "__metadata__"}
+                entries = list(_entries(chosen))
+                after += sum(entry[-1] for entry in entries)
+                places |= {entry[0]: file.name for entry in entries}
                 with (directory / file.name).open("wb") as out:
-                    text = json.dumps(header, separators=(",", ":")).encode()
-                    text += b" " * (-len(text) % 8)
-                    out.write(len(text).to_bytes(8, "little") + text)
+                    out.write(header({"format": "pt"}, entries))
                     for tensor, scheme in chosen.items():
                         for piece in _pieces(tensor, scheme, device):
                             out.write(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -70,22 +71,26 @@ def save(checkpoint: Checkpoint, directory: Path, *, device: str = "cpu", progre
     return before, after
 
 
-def _header(tensors: dict[StoredTensor, Scheme | None]) -> tuple[dict[str, object], int]:
-    """The header of a safetensors file, and the bytes behind it."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def header(metadata: dict[str, str], entries: Iterable[Entry]) -> bytes:
+    """What stands before the data in a file of safetensors."""
+    fields: dict[str, object] = {"__metadata__": metadata}
     end = 0
+    for name, dtype, shape, size in entries:
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _entries(tensors: dict[StoredTensor, Scheme | None]) -> Iterator[Entry]:
     for tensor, scheme in tensors.items():
-        entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)]
-        if scheme:
-            kinds = (scheme.values, scheme.scales)
-            entries = [
-                (tensor.name + suffix, STORED_AS[kind], shape, math.prod(shape) * kind.itemsize)
-                for suffix, kind, shape in zip(("", "_scale"), kinds, stored_shapes(scheme, tensor.shape))
-            ]
-        for name, dtype, shape, size in entries:
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-            end += size
-    return header, end
+        if scheme is None:
+            yield tensor.name, tensor.dtype, tensor.shape, tensor.nbytes
+            continue
+        kinds = (scheme.values, scheme.scales)
+        for suffix, kind, shape in zip(("", "_scale"), kinds, stored_shapes(scheme, tensor.shape)):
+            yield tensor.name + suffix, STORED_AS[kind], shape, math.prod(shape) * kind.itemsize
 
 
 def _pieces(tensor: StoredTensor, scheme: Scheme | None, device: str) -> Iterator[torch.Tensor]:

@@ -7,16 +7,7 @@ import torch
 from tritium.hw import probe
 from tritium.models.config import ModelConfig
 from tritium.models.parameters import Placement, blocks, parameter_shapes
-from tritium.ops.quantized import (
-    WEIGHT_ONLY,
-    Quantized,
-    Weight,
-    Weights,
-    empty,
-    expert_of,
-    quantize_into,
-    row_blocks,
-)
+from tritium.ops.quantized import WEIGHT_ONLY, Quantized, Weight, Weights, empty, expert_of, quantize_into, row_blocks
 
 _AT_ONCE = 1 << 24
 """Numbers of experts that are quantized at once."""
@@ -94,11 +85,8 @@ def _take(region: Quantized, values: torch.Tensor, scales: torch.Tensor) -> None
     region.scales.copy_(scales.reshape(region.scales.shape))
     if kept == torch.uint8:
         return
-    if not region.scales.isfinite().all() or _has_nan(region.values):
+    nan = region.values.dtype == torch.float8_e4m3fn and (region.values.view(torch.uint8) & 127 == 127).any()
+    if nan or not region.scales.isfinite().all():
         raise ValueError("NaN or infinity among the numbers")
     if not torch.equal(region.scales.cpu().double(), scales.reshape(region.scales.shape).double()):
         raise ValueError(f"its scales, {str(scales.dtype)[6:]}, are no {str(kept)[6:]}")
-
-
-def _has_nan(values: torch.Tensor) -> bool:
-    return values.dtype == torch.float8_e4m3fn and bool((values.view(torch.uint8) & 127 == 127).any())

@@ -22,26 +22,19 @@ class Attention:
         self, parameters: Parameters, prefix: str, *, norm_H: torch.Tensor, rope_table_LF2: torch.Tensor, eps: float
     ) -> None:
         self.qkv_proj = parameters[f"{prefix}.qkv_proj.weight"]
-        self.q_norm = parameters[f"{prefix}.q_norm.weight"]
-        self.k_norm = parameters[f"{prefix}.k_norm.weight"]
         self.o_proj = parameters[f"{prefix}.o_proj.weight"]
-        self.rope_table_LF2 = rope_table_LF2
-        self.norm_H, self.eps = norm_H, eps
+        self.norm = {"norm_K": norm_H, "eps": eps}
+        self.inputs = {
+            "q_norm_D": parameters[f"{prefix}.q_norm.weight"],
+            "k_norm_D": parameters[f"{prefix}.k_norm.weight"],
+            "eps": eps,
+            "table_LF2": rope_table_LF2,
+        }
 
     def __call__(self, x_TH: torch.Tensor, spans: Spans, cache: AttentionCache) -> torch.Tensor:
-        q_TND, gate_TND = attention_inputs(
-            x_TE=linear(x_MK=x_TH, w_JK=self.qkv_proj, norm_K=self.norm_H, eps=self.eps),
-            q_norm_D=self.q_norm,
-            k_norm_D=self.k_norm,
-            eps=self.eps,
-            table_LF2=self.rope_table_LF2,
-            k_pages=cache.k_pages,
-            v_pages=cache.v_pages,
-            spans=spans,
-        )
-        o_TND = paged_attention(
-            q_TND=q_TND, gate_TND=gate_TND, k_pages=cache.k_pages, v_pages=cache.v_pages, spans=spans
-        )
+        x_TE, read = linear(x_MK=x_TH, w_JK=self.qkv_proj, **self.norm), {**cache._asdict(), "spans": spans}
+        q_TND, gate_TND = attention_inputs(x_TE=x_TE, **self.inputs, **read)
+        o_TND = paged_attention(q_TND=q_TND, gate_TND=gate_TND, **read)
         return linear(x_MK=o_TND.flatten(1), w_JK=self.o_proj, residual_MN=x_TH)
 
 
@@ -53,26 +46,18 @@ class GatedDeltaNet:
         self, parameters: Parameters, prefix: str, *, norm_H: torch.Tensor, key_heads: int, eps: float
     ) -> None:
         self.in_proj = parameters[f"{prefix}.in_proj.weight"]
-        self.conv = parameters[f"{prefix}.conv.weight"]
-        self.A_log = parameters[f"{prefix}.A_log"]
-        self.dt_bias = parameters[f"{prefix}.dt_bias"]
-        self.norm = parameters[f"{prefix}.norm.weight"]
         self.out_proj = parameters[f"{prefix}.out_proj.weight"]
-        self.key_heads = key_heads
-        self.norm_H, self.eps = norm_H, eps
+        self.norm = {"norm_K": norm_H, "eps": eps}
+        self.between = {
+            "conv_CW": parameters[f"{prefix}.conv.weight"],
+            "A_log_N": parameters[f"{prefix}.A_log"],
+            "dt_bias_N": parameters[f"{prefix}.dt_bias"],
+            "norm_V": parameters[f"{prefix}.norm.weight"],
+            "eps": eps,
+            "key_heads": key_heads,
+        }
 
     def __call__(self, x_TH: torch.Tensor, spans: Spans, cache: GdnCache) -> torch.Tensor:
-        y_TM = delta_net(
-            x_TE=linear(x_MK=x_TH, w_JK=self.in_proj, norm_K=self.norm_H, eps=self.eps),
-            conv_CW=self.conv,
-            A_log_N=self.A_log,
-            dt_bias_N=self.dt_bias,
-            norm_V=self.norm,
-            eps=self.eps,
-            state=cache.state,
-            conv=cache.conv,
-            pending=cache.pending,
-            spans=spans,
-            key_heads=self.key_heads,
-        )
+        x_TE = linear(x_MK=x_TH, w_JK=self.in_proj, **self.norm)
+        y_TM = delta_net(x_TE=x_TE, spans=spans, **self.between, **cache._asdict())
         return linear(x_MK=y_TM, w_JK=self.out_proj, residual_MN=x_TH)

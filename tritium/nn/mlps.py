@@ -29,22 +29,16 @@ class SparseMoe:
     """x + Σ over the K routed experts + sigmoid(shared gate) · shared expert, all of norm(x)."""
 
     def __init__(self, parameters: Parameters, prefix: str, *, norm_H: torch.Tensor, eps: float, k: int) -> None:
-        self.router = parameters[f"{prefix}.router.weight"]
-        self.gate_up_EJH = parameters[f"{prefix}.experts_gate_up.weight"]
-        self.down_EHI = parameters[f"{prefix}.experts_down.weight"]
-        self.shared_gate_up = parameters[f"{prefix}.shared_gate_up.weight"]
-        self.shared_down = parameters[f"{prefix}.shared_down.weight"]
-        self.norm_H, self.eps, self.k = norm_H, eps, k
+        self.all = {
+            "norm_H": norm_H,
+            "eps": eps,
+            "router_FH": parameters[f"{prefix}.router.weight"],
+            "gate_up_EJH": parameters[f"{prefix}.experts_gate_up.weight"],
+            "down_EHI": parameters[f"{prefix}.experts_down.weight"],
+            "shared_gate_up_SH": parameters[f"{prefix}.shared_gate_up.weight"],
+            "shared_down_HS": parameters[f"{prefix}.shared_down.weight"],
+            "k": k,
+        }
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return moe(
-            x_TH=x_TH,
-            norm_H=self.norm_H,
-            eps=self.eps,
-            router_FH=self.router,
-            gate_up_EJH=self.gate_up_EJH,
-            down_EHI=self.down_EHI,
-            shared_gate_up_SH=self.shared_gate_up,
-            shared_down_HS=self.shared_down,
-            k=self.k,
-        )
+        return moe(x_TH=x_TH, **self.all)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tritium.ops.norm import reference as rms_norm
 from tritium.ops.spans import Spans
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
@@ -80,8 +81,7 @@ def reference(
 
 
 def _normed_and_turned(x_TND: torch.Tensor, w_D: torch.Tensor, eps: float, turns_TF2: torch.Tensor) -> torch.Tensor:
-    x = x_TND.to(wide(x_TND.dtype))
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1.0 + w_D)
+    x = rms_norm(x_MD=x_TND, w_D=w_D, eps=eps, dtype=wide(x_TND.dtype))
     half = turns_TF2.shape[1]
     cos, sin = turns_TF2[:, None, :, 0], turns_TF2[:, None, :, 1]
     x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)

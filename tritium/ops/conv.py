@@ -22,13 +22,12 @@ from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    weight = wide(dtype)
     lengths = (1, 1, dims["T"] - 2) if dims["T"] > 2 else (dims["T"],)
     contexts = (5, 9, 0)[: len(lengths)] if dims["T"] > 2 else (70,)
     rows = len(lengths)
     return {
         "x_TC": randn(generator, dims["T"], dims["C"], dtype=dtype),
-        "w_CW": randn(generator, dims["C"], dims["W"], dtype=weight, scale=0.5),
+        "w_CW": randn(generator, dims["C"], dims["W"], dtype=wide(dtype), scale=0.5),
         "state": randn(generator, rows + 2, dims["W"] + 3, dims["C"], dtype=dtype),
         "spans": Spans(lengths, contexts, tuple(range(rows, 0, -1)), ((1,),) * rows, torch.device("cpu")),
     }

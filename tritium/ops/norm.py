@@ -17,10 +17,9 @@ from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 
 def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    weight = torch.float64 if dtype == torch.float64 else torch.float32
     return {
         "x_MD": randn(generator, dims["M"], dims["D"], dtype=dtype, scale=3.0),
-        "w_D": randn(generator, dims["D"], dtype=weight, scale=0.3),
+        "w_D": randn(generator, dims["D"], dtype=wide(dtype), scale=0.3),
         "eps": 1e-6,
     }
 

@@ -5,9 +5,10 @@ Shapes: T tokens, R rows, P pages of a block table, W convolution width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -57,11 +58,7 @@ class Spans:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        out, total = [], 0
-        for length in self.lengths:
-            out.append(total)
-            total += length
-        return tuple(out)
+        return tuple(accumulate(self.lengths, initial=0))[:-1]
 
     @cached_property
     def num_tokens(self) -> int:
@@ -98,9 +95,11 @@ class Spans:
                    self.since or (0,) * rows, [at for at, _ in snaps], [slot for _, slot in snaps])  # fmt: skip
         sizes = (len(columns) * stride, rows * width, 2 * room)
         host = torch.zeros(sum(sizes), dtype=torch.int32)
-        columns_NR, pages_RP, of_tokens_2T = (
-            part.view(-1, n) for part, n in zip(host.split(sizes), (stride, width, room), strict=True)
-        )
+
+        def parts(flat: torch.Tensor) -> Iterator[torch.Tensor]:
+            return (part.view(-1, n) for part, n in zip(flat.split(sizes), (stride, width, room), strict=True))
+
+        columns_NR, pages_RP, of_tokens_2T = parts(host)
         columns_NR[:, :rows] = torch.tensor(columns, dtype=torch.int32)
         for r, pages in enumerate(self.pages):
             pages_RP[r, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
@@ -108,9 +107,7 @@ class Spans:
         offset_T = torch.arange(tokens) - torch.tensor(self.starts)[row_T]
         of_tokens_2T[0, :tokens] = row_T
         of_tokens_2T[1, :tokens] = offset_T + torch.tensor(self.contexts)[row_T]
-        columns_NR, pages_RP, of_tokens_2T = (
-            part.view(-1, n) for part, n in zip(host.to(self.device).split(sizes), (stride, width, room), strict=True)
-        )
+        columns_NR, pages_RP, of_tokens_2T = parts(host.to(self.device))
         return Table._make((*columns_NR[:, :rows].unbind(), pages_RP, *of_tokens_2T[:, :tokens].unbind()))
 
     def cached(self, name: str, make: Callable[[Spans], Made]) -> Made:

@@ -151,9 +151,7 @@ class Runner:
                 for i, row in enumerate(plan.rows)
                 if row.sampling.prompt_logprobs is not None and row.start < row.prompt_len
             }
-        drafts: Sequence[tuple[int, ...]] = [()] * len(drawn)
-        if self.run_head:
-            drafts = self._proposed(plan, batch, hidden_TH, drawn)
+        drafts = self._proposed(plan, batch, hidden_TH, drawn) if self.run_head else [()] * len(drawn)
         return _results(plan, drawn, drafts, told)
 
     def _proposed(

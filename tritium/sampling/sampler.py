@@ -81,7 +81,7 @@ def _columns(rows: Sequence[Site], device: torch.device) -> dict[str, torch.Tens
     rows = [*rows, *rows[: count % 2]]
     asked = [row.sampling for row in rows]
     real_3S = torch.tensor([[getattr(s, name) for s in asked] for name in _REAL], dtype=torch.float64)
-    whole = [s.top_k for s in asked], [row.seed for row in rows], [row.position for row in rows]
+    whole = [s.top_k for s in asked], [site.row.seed for site in rows], [row.position for row in rows]
     both_6S = torch.cat([real_3S.view(torch.int64), torch.tensor(whole)]).to(device, non_blocking=True)
     names = (*_REAL, "top_k", "seed", "position")
     both_6S = both_6S[:, :count]
@@ -117,24 +117,24 @@ def _edits(rows: Sequence[Site], vocab: int, device: torch.device) -> Edits | No
     return Edits(row_E, id_E, *change_E3.unbind(-1))
 
 
-def _row_edits(row: Site) -> dict[int, tuple[float, float, float]]:
+def _row_edits(site: Site) -> dict[int, tuple[float, float, float]]:
     """id -> (bias, repetition factor, what is taken away).
 
     Repetition counts prompt and output; presence and frequency the output alone.
     """
-    asked = row.sampling
-    if not (asked.logit_bias or asked.uses_penalties or row.eos_ids):
+    asked = site.sampling
+    if not (asked.logit_bias or asked.uses_penalties or site.eos_ids):
         return {}
     seen: frozenset[int] = frozenset()
     counts: Counter[int] = Counter()
     if asked.uses_penalties:
-        assert row.history is not None
-        counts.update(row.history[row.prompt_len :])
+        assert site.history is not None
+        counts.update(site.history[site.row.prompt_len :])
         if asked.repetition_penalty != 1:  # all that the prompt, which may be long, matters to
-            seen = frozenset(row.history)
+            seen = frozenset(site.history)
     bias, repetition = asked.logit_bias, asked.repetition_penalty
     presence, frequency = asked.presence_penalty, asked.frequency_penalty
     edits = {token: (bias.get(token, 0.0), repetition, 0.0) for token in seen}
     edits |= {token: (bias.get(token, 0.0), repetition, presence + frequency * n) for token, n in counts.items()}
     edits |= {token: (value, 1.0, 0.0) for token, value in bias.items() if token not in edits}
-    return edits | dict.fromkeys(row.eos_ids, (0.0, 1.0, math.inf))
+    return edits | dict.fromkeys(site.eos_ids, (0.0, 1.0, math.inf))

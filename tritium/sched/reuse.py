@@ -115,10 +115,6 @@ class Reuse:
         for table in (self._matches, self._leaders, self._common):
             table.pop(request, None)
 
-    def make_room(self, pages: int) -> bool:
-        """Evicts until `pages` pages are free; False when they cannot be had."""
-        return self.cache.make_room(pages)
-
     # ---- while it runs ----------------------------------------------------------------------------------------
 
     def start_of(self, request: Request) -> tuple[int | None, tuple[int, int] | None]:

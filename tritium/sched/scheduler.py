@@ -292,7 +292,7 @@ class Scheduler:
         """A page for the request's last token, at the cost of the youngest; False when that is itself."""
         if len(request.pages) >= pages_for(request.num_tokens):
             return True
-        while not self.reuse.make_room(1):
+        while not self.reuse.cache.make_room(1):
             victim = self._running[-1]
             self._preempt(victim)
             preempted.append(victim.id)
@@ -310,7 +310,7 @@ class Scheduler:
         most = min(self._depth(request), budget, useful)
         drafts = tuple(self._proposer.propose(request, most)) if most > 0 else ()
         room = len(request.pages) * PAGE_TOKENS - request.num_tokens
-        if room < len(drafts) and self.reuse.make_room(1):
+        if room < len(drafts) and self.reuse.cache.make_room(1):
             request.pages += self._pages.allocate(1)
             room += PAGE_TOKENS
         return drafts[: max(0, room)]
@@ -362,7 +362,7 @@ class Scheduler:
     def _grow_next(self, requests: list[Request]) -> bool:
         """A page for each request that needs one for the token after the one under way, without preemption."""
         short = [request for request in requests if len(request.pages) < pages_for(request.num_tokens + 1)]
-        if not self.reuse.make_room(len(short)):
+        if not self.reuse.cache.make_room(len(short)):
             return False
         for request in short:
             request.pages += self._pages.allocate(1)

@@ -98,9 +98,7 @@ def target_of(x: torch.Tensor) -> Target:
     return recording.target if recording else _probed(str(x.device))
 
 
-@lru_cache
-def _probed(device: str) -> Target:
-    return probe(device)
+_probed = lru_cache(probe)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -27,7 +27,7 @@ from tritium.ops.kernels.launch import (
 )
 from tritium.ops.kernels.mlp import silu, silu_mul
 from tritium.ops.kernels.norm import rms_norm
-from tritium.ops.quantized import Quantized, Weight, Weights
+from tritium.ops.quantized import Quantized, Weight, Weights, row_blocks
 
 FEW = 64
 """The most tokens that are still bound by the weight's bytes."""
@@ -257,15 +257,22 @@ def linear(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """y_MN in `dtype`, else in the residual's, else in w's; up to FEW rows are rounded once, to it. All but x (strided
-    rows) are contiguous. The result may take the residual's place."""
-    if isinstance(w_JK, tuple) and not isinstance(w_JK, Quantized):
-        return _blocks(x_MK, w_JK, norm_K, eps, gated, residual_MN, dtype)
-    M, N = len(x_MK), w_JK.shape[0] // (1 + gated)
-    dtype = dtype or (w_JK if residual_MN is None else residual_MN).dtype
-    if M > FEW and isinstance(w_JK, torch.Tensor):
-        return _many(x_MK, w_JK, norm_K, eps, gated, residual_MN).to(dtype)
-    y_MN = torch.empty((M, N), dtype=dtype, device=x_MK.device)
-    _into(y_MN, x_MK, w_JK, norm_K, eps, gated, residual_MN)
+    rows) are contiguous. The result may take the residual's place. Row blocks have a launch each that writes their
+    columns; a gate, whose halves lie in different blocks, and a residual come after."""
+    w, *more = row_blocks(w_JK)
+    dtype = dtype or (w if residual_MN is None else residual_MN).dtype
+    if more:
+        sizes = [block.shape[0] for block in (w, *more)]
+        apart = gated or residual_MN is not None
+        p_MJ = x_MK.new_empty(len(x_MK), sum(sizes), dtype=w.dtype if apart else dtype)
+        for block, columns in zip((w, *more), p_MJ.split(sizes, dim=1)):
+            _into(columns, x_MK, block, norm_K, eps)
+        y_MN = silu_mul(x_TJ=p_MJ) if gated else p_MJ
+        return (y_MN if residual_MN is None else residual_MN + y_MN).to(dtype)
+    if len(x_MK) > FEW and isinstance(w, torch.Tensor):
+        return _many(x_MK, w, norm_K, eps, gated, residual_MN).to(dtype)
+    y_MN = torch.empty((len(x_MK), w.shape[0] // (1 + gated)), dtype=dtype, device=x_MK.device)
+    _into(y_MN, x_MK, w, norm_K, eps, gated, residual_MN)
     return y_MN
 
 
@@ -310,31 +317,6 @@ def _into(
         **sizes, **found,
     )  # fmt: skip
     return None
-
-
-def _blocks(
-    x_MK: torch.Tensor,
-    blocks: tuple[Weight, ...],
-    norm_K: torch.Tensor | None,
-    eps: float,
-    gated: bool,
-    residual_MN: torch.Tensor | None,
-    dtype: torch.dtype | None,
-) -> torch.Tensor:
-    """Row blocks, each with a launch of its own that writes its columns. A gate, whose halves lie in different blocks,
-    and a residual come after."""
-    wanted = dtype or (blocks[0] if residual_MN is None else residual_MN).dtype
-    apart = gated or residual_MN is not None
-    p_MJ = x_MK.new_empty(len(x_MK), sum(len(b.values if isinstance(b, Quantized) else b) for b in blocks),
-                          dtype=blocks[0].dtype if apart else wanted)  # fmt: skip
-    at = 0
-    for block in blocks:
-        _into(p_MJ[:, at : at + block.shape[0]], x_MK, block, norm_K, eps)
-        at += block.shape[0]
-    y_MN = silu_mul(x_TJ=p_MJ) if gated else p_MJ
-    if residual_MN is not None:
-        y_MN = residual_MN + y_MN
-    return y_MN.to(wanted)
 
 
 def _normalised(x_MK: torch.Tensor, w_JK: torch.Tensor, norm_K: torch.Tensor | None, eps: float) -> torch.Tensor:
