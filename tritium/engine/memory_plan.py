@@ -166,8 +166,7 @@ def plan_memory(config: ModelConfig, engine: EngineConfig, target: Target) -> Me
 
 def fits(config: ModelConfig, engine: EngineConfig, target: Target, context: int) -> int:
     """Requests of `context` tokens that fit at once, at most: with nothing left for a prefix cache."""
-    dtype = compute_dtype(config, engine, target)
-    width, asked = ITEM_BYTES[dtype], engine.max_model_len or config.max_position
+    width, asked = ITEM_BYTES[compute_dtype(config, engine, target)], engine.max_model_len or config.max_position
     drafts = engine.drafts(config.mtp_layers > 0)
     fixed, per_row = workspace_bytes(config, engine.batched_tokens(target.is_gpu), max(asked, context), width, drafts)
     per_page, per_slot = bytes_per_page(config, width), bytes_per_slot(config, width, drafts)

@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,8 @@ class _Opened:
             raise self._refused("is damaged: its header cannot be read") from error
 
     def pour(self, cache: PrefixCache, runner: Runner) -> dict[str, Any]:
-        ids = self._tensor("ids", torch.int32).tolist()
-        pages, at = [], 0
-        for parent, count in self._tree["pages"]:
-            pages.append((parent, tuple(ids[at : at + count])))
-            at += count
+        ids = iter(self._tensor("ids", torch.int32).tolist())
+        pages = [(parent, tuple(islice(ids, count))) for parent, count in self._tree["pages"]]
         new_pages, new_states = cache.enter(pages, self._tree["states"])
         runner.states.move(cache.take_moves())
         rows, targets = torch.tensor(list(new_pages)), torch.tensor(list(new_pages.values()))

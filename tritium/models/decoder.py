@@ -36,9 +36,8 @@ class Layer:
                 parameters, f"{prefix}.gdn", norm_H=norm_H, key_heads=config.gdn_key_heads, eps=eps
             )
         norm_H = parameters[f"{prefix}.post_norm.weight"]
-        self.mlp: Mlp | SparseMoe
         if config.moe is None:
-            self.mlp = Mlp(parameters, f"{prefix}.mlp", norm_H=norm_H, eps=eps)
+            self.mlp: Mlp | SparseMoe = Mlp(parameters, f"{prefix}.mlp", norm_H=norm_H, eps=eps)
         else:
             k = config.moe.experts_per_token
             self.mlp = SparseMoe(parameters, f"{prefix}.moe", norm_H=norm_H, eps=eps, k=k)

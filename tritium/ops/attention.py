@@ -98,9 +98,7 @@ def reference(
     o_TGMD = torch.empty_like(q_TGMD)
     for index_BC, pages_BP, positions_BC, since_B in spans.cached("attention_tiles", _tiles):
         # Where a row repeats its last token, the same bits are written to the same place again.
-        o_TGMD[index_BC] = _attend(
-            q_TGMD[index_BC], positions_BC, since_B, pages_BP, k_pages, v_pages
-        ).to(q_TND.dtype)
+        o_TGMD[index_BC] = _attend(q_TGMD[index_BC], positions_BC, since_B, pages_BP, k_pages, v_pages).to(q_TND.dtype)
     gate = sigmoid(gate_TND.to(wide(gate_TND.dtype)))
     return (o_TGMD.view(tokens, heads, dim) * gate).to(q_TND.dtype)
 

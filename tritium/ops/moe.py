@@ -79,9 +79,7 @@ def reference(
     h_TH = rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps)
     logits_TF = linear(x_MK=h_TH, w_JK=router_FH)
     expert_TK, weight_TK = top_k(logits_TE=logits_TF[:, :-1], k=k)
-    routed_TH = experts(
-        x_TH=h_TH, expert_TK=expert_TK, weight_TK=weight_TK, gate_up_EJH=gate_up_EJH, down_EHI=down_EHI
-    )
+    routed_TH = experts(x_TH=h_TH, expert_TK=expert_TK, weight_TK=weight_TK, gate_up_EJH=gate_up_EJH, down_EHI=down_EHI)
     shared_TH = linear(x_MK=linear(x_MK=h_TH, w_JK=shared_gate_up_SH, gated=True), w_JK=shared_down_HS)
     return x_TH + (routed_TH.to(x_TH.dtype) + sigmoid(logits_TF[:, -1:].to(x_TH.dtype)) * shared_TH.to(x_TH.dtype))
 

@@ -94,9 +94,7 @@ class Runner:
         nothing = (0,) * len(lengths)
         spans = Spans(lengths, nothing, nothing, ((0,) * (16 + max(lengths) // 64),) * len(lengths), device)
         ids_T = torch.zeros(spans.num_tokens, dtype=torch.int64, device=device)
-        hidden_TH = self.model.forward(
-            ForwardBatch(ids_T, spans, ids_T), [self.caches[i] for i in layers], layers
-        )
+        hidden_TH = self.model.forward(ForwardBatch(ids_T, spans, ids_T), [self.caches[i] for i in layers], layers)
         call_every_form(self.model.logits(hidden_TH[:draws]))
         if self.run_head:
             self.model.draft_hidden(hidden_TH, ids_T, spans, self.caches[-1])
