@@ -24,7 +24,7 @@ from tritium.hw import Target
 from tritium.models.checkpoint import find_checkpoint, load_parameters
 from tritium.models.config import parse_config
 from tritium.models.families import FAMILY, family_config
-from tritium.models.parameters import parameter_shapes, weight_bytes
+from tritium.models.parameters import parameter_shapes, stored_sizes
 from tritium.ops.spec import all_ops
 
 CEILINGS = Ceilings("a chip", read=1e9, copy=1e9, dot=1e9)
@@ -61,7 +61,7 @@ def test_every_name_of_the_family_is_a_configuration(name: str) -> None:
     assert config.mtp_layers == 1
     assert config.layer_types[:4] == ("linear_attention",) * 3 + ("full_attention",)
     billions = float(name.split("-")[1].removesuffix("b"))
-    assert weight_bytes(config, "bfloat16") / 2e9 == pytest.approx(billions, rel=0.2)  # the MTP head included
+    assert sum(stored_sizes(config, 2).values()) / 2e9 == pytest.approx(billions, rel=0.2)  # the MTP head included
 
 
 def test_dummy_weights_are_drawn_apart_and_by_their_seed(tiny: Path) -> None:

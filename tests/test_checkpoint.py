@@ -26,7 +26,7 @@ from torch import Tensor
 from tritium.core import CheckpointError, ConfigError
 from tritium.models import checkpoint as module
 from tritium.models.checkpoint import load_parameters, open_checkpoint, resolve
-from tritium.models.parameters import parameter_shapes, weight_bytes
+from tritium.models.parameters import parameter_shapes, stored_sizes
 
 TINY = Spec(layer_types="lf", vocab=50)
 TINY_MOE = replace(TINY, moe=True, experts=4)
@@ -120,7 +120,7 @@ def test_every_tensor_lands_where_it_belongs(seed: int, tmp_path: Path) -> None:
         for name, parameter in parameters.items():
             assert parameter.dtype == (dtype if specs[name].role == "matrix" else torch.float32), name
             assert torch.equal(parameter, expected[name].to(parameter.dtype)), (str(spec), name)
-        assert weight_bytes(checkpoint.config, str(dtype).removeprefix("torch.")) == sum(
+        assert sum(stored_sizes(checkpoint.config, dtype.itemsize).values()) == sum(
             p.nbytes for p in parameters.values()
         )
 

@@ -27,7 +27,7 @@ from tritium.engine import Engine
 from tritium.models.checkpoint import Checkpoint, find_checkpoint, load_parameters, open_checkpoint
 from tritium.models.config import parse_config
 from tritium.models.families import family_config
-from tritium.models.parameters import quantizable, weight_bytes
+from tritium.models.parameters import quantizable, stored_sizes
 from tritium.models.save import save
 from tritium.ops.linear import linear
 from tritium.ops.moe import moe
@@ -242,7 +242,7 @@ def test_experts_of_a_layer_are_stored_alike(tmp_path: Path) -> None:
 def test_parameters_are_their_tensors_quantized_and_counted(written: Path, scheme: str) -> None:
     checkpoint = opened(written, scheme)
     parameters = load_parameters(checkpoint, dtype=torch.bfloat16)
-    assert weight_bytes(checkpoint.config, "bfloat16") == sum(
+    assert sum(stored_sizes(checkpoint.config, 2).values()) == sum(
         block.nbytes for weights in parameters.values() for block in row_blocks(weights)
     )
     t = sources(written)

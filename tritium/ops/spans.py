@@ -47,10 +47,9 @@ class Spans:
     """First position that a row attends to. Empty: all from 0."""
 
     def __post_init__(self) -> None:
-        for name in ("folds", "drafts"):
-            object.__setattr__(self, name, getattr(self, name) or (0,) * len(self.lengths))
-        object.__setattr__(self, "sources", self.sources or self.slots)
-        object.__setattr__(self, "snapshots", self.snapshots or ((),) * len(self.lengths))
+        none, rows = (0,) * len(self.lengths), ((),) * len(self.lengths)
+        for name, default in (("folds", none), ("drafts", none), ("sources", self.slots), ("snapshots", rows)):
+            object.__setattr__(self, name, getattr(self, name) or default)
 
     @property
     def num_rows(self) -> int:

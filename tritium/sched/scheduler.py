@@ -205,7 +205,9 @@ class Scheduler:
             if request is None or request not in self._under_way:  # gone; maybe its id came again
                 self.reuse.abandon(row)
                 continue
-            self._landed(request)
+            self._under_way[request] -= 1
+            if not self._under_way[request]:
+                del self._under_way[request]
             event = self._commit_row(request, row, found[row.request_id])
             if event is not None:
                 events.append(event)
@@ -347,11 +349,6 @@ class Scheduler:
             snapshots=self.reuse.snapshots(request, request.num_computed, stop),
             copy_page=copy_page,
         )
-
-    def _landed(self, request: Request) -> None:
-        self._under_way[request] -= 1
-        if not self._under_way[request]:
-            del self._under_way[request]
 
     def _table(self, request: Request) -> tuple[int, ...]:
         table = self._tables.get(request.id)
