@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.launch import cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import _tile, _two_rows, _vector, keys, lanes_of, logits_stride, next_expert
-from tritium.ops.kernels.quantized import LEAST, form, largest, largest_of, native, row_scales, rows_by_token, words
+from tritium.ops.kernels.quantized import LEAST, PAIRS, by_token, form, largest, row_scales, rows_by_token, words
 from tritium.ops.quantized import Quantized
 
 
@@ -49,7 +49,7 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
         up_at, up_scale_at, up_tile, up_scale = _first(shared, scales, base, S + s, rows, H, 2 * S, COLUMNS, KIND,
                                                        GROUP, SHARING, EVEN)  # fmt: skip
         wait_for_inputs(pdl)
-        top = largest(x, norm, H, True) if LARGEST > 0 else 1.0
+        top = largest(x, norm, H, True) if LARGEST > 0 or NATIVE == PAIRS else 1.0
         a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
                                       rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, True)  # fmt: skip
         release_next(pdl)
@@ -96,7 +96,7 @@ def _up_one(x, norm, logits, gate_up, scales, inner, eps, H: tl.constexpr, E: tl
     for _ in range(rank + 1, K):
         value, chosen, key = next_expert(key, expert)
         total += tl.exp(value - first)
-    top = largest(x, norm, H, True) if LARGEST > 0 else 1.0
+    top = largest(x, norm, H, True) if LARGEST > 0 or NATIVE == PAIRS else 1.0
     a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
                                   H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, True)  # fmt: skip
     release_next(pdl)
@@ -110,8 +110,8 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
               K: tl.constexpr, RANKS: tl.constexpr, I: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr,
               LANES: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
               BLOCK_S: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GROUP_S: tl.constexpr,
-              SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
-              pdl: tl.constexpr):  # fmt: skip
+              SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
+              EARLY: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """ROWS of the result, all words of weights on their way at once; EARLY: before the wait, as in `moe`."""
     FULL: tl.constexpr = H % ROWS == 0
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -134,7 +134,7 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
     rank, i = tl.arange(0, RANKS), tl.arange(0, BLOCK)
     tops = tl.zeros((RANKS,), tl.float32)
     top_shared = 1.0
-    if LARGEST > 0:
+    if LARGEST > 0 or NATIVE == PAIRS:
         value = tl.load(inner + rank[:, None] * I + i[None, :], mask=(rank < K)[:, None] & (i < I)[None, :], other=0.0)
         tops = tl.maximum(tl.max(tl.abs(value.to(tl.float32)), axis=1), LEAST)
         top_shared = largest(inner_shared, inner_shared, S, False)
@@ -170,24 +170,24 @@ def one(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.T
     inner, inner_shared = x_TH.new_empty(k, I, dtype=down_EHI.dtype), x_TH.new_empty(S, dtype=down_EHI.dtype)
     y_TH = torch.empty_like(x_TH)
     bits = down_EHI.scheme.bits
-    how: dict[str, Any] = {"LARGEST": largest_of(down_EHI), "NATIVE": native(target_of(x_TH))}
+    how = by_token(down_EHI)
 
     route = parameters("quantized.route1", x_TH, H=H, bits=bits)
     _narrowed(route, H)
-    programs = triton.cdiv(E + 1, 2 * route["ROWS"]) + triton.cdiv(S, route["ROWS"])
+    programs = cdiv(E + 1, 2 * route["ROWS"]) + cdiv(S, route["ROWS"])
     launch(_route_one, (programs,), x_TH, norm_H, router_FH, *_stored(shared_gate_up_SH), logits, inner_shared, eps,
            H=H, E=E, S=S, **form(shared_gate_up_SH), **how, **route)  # fmt: skip
 
     choice = {"E": E, "K": k, "I": I, "H": H, "STRIDE": len(logits), "LANES": lanes, "PARTS": parts}
     up = parameters("quantized.up1", x_TH, H=H, I=I, bits=bits)
     _narrowed(up, H)
-    launch(_up_one, (k * triton.cdiv(I, up["ROWS"]),), x_TH, norm_H, logits, *_stored(gate_up_EJH), inner, eps,
+    launch(_up_one, (k * cdiv(I, up["ROWS"]),), x_TH, norm_H, logits, *_stored(gate_up_EJH), inner, eps,
            COPIES=up["num_warps"], **form(gate_up_EJH), **how, **choice, **up)  # fmt: skip
 
     down = parameters("quantized.down1", x_TH, H=H, I=I, bits=bits)
-    launch(_down_one, (triton.cdiv(H, down["ROWS"]),), x_TH, logits, *_stored(down_EHI), *_stored(shared_down_HS),
-           inner, inner_shared, y_TH, S=S, RANKS=triton.next_power_of_2(k), BLOCK=max(64, triton.next_power_of_2(I)),
-           BLOCK_S=max(64, triton.next_power_of_2(S)), GROUP_S=form(shared_down_HS)["GROUP"], COPIES=down["num_warps"],
+    launch(_down_one, (cdiv(H, down["ROWS"]),), x_TH, logits, *_stored(down_EHI), *_stored(shared_down_HS),
+           inner, inner_shared, y_TH, S=S, RANKS=power_of_2(k), BLOCK=max(64, power_of_2(I)),
+           BLOCK_S=max(64, power_of_2(S)), GROUP_S=form(shared_down_HS)["GROUP"], COPIES=down["num_warps"],
            EARLY=up["pdl"] == 1 and down["pdl"] > 0, **form(down_EHI), **how, **choice, **down)  # fmt: skip
     return y_TH
 
@@ -199,4 +199,4 @@ def _stored(w: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
 def _narrowed(found: dict[str, Any], width: int) -> None:
     for name in ("BLOCK", "COLUMNS"):
         if name in found:
-            found[name] = min(found[name], max(64, triton.next_power_of_2(width)))
+            found[name] = min(found[name], max(64, power_of_2(width)))

@@ -22,7 +22,17 @@ import triton.language as tl
 
 from tritium.hw import Target
 from tritium.ops.kernels.four_bits import factor_of, four_bits
-from tritium.ops.kernels.launch import EXACT, launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.launch import (
+    EXACT,
+    bucket,
+    cdiv,
+    launch,
+    parameters,
+    power_of_2,
+    release_next,
+    target_of,
+    wait_for_inputs,
+)
 from tritium.ops.kernels.linear import FEW, _fitting, _prefetch, linear
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.norm import rms_norm
@@ -31,6 +41,9 @@ from tritium.ops.quantized import LARGEST, Quantized, dequantize
 _KINDS = {"int8": "int8", "fp8": "e4m3", "fp8-block": "e4m3", "int4": "int4", "mxfp4": "e2m1"}
 LEAST = tl.constexpr(1e-30)
 """Stands in for the largest magnitude of a token of zeros."""
+PAIRS = tl.constexpr(2)
+"""`NATIVE`: 0 where there are no instructions for these types, else 1; this where one token's products with e4m3 and 4
+bits are also summed as pairs of float16, eight at most."""
 
 
 @triton.jit
@@ -40,6 +53,28 @@ def _split4(x):
     a, c = tl.split(even)
     b, d = tl.split(odd)
     return a, b, c, d
+
+
+@triton.jit
+def _by_word(factors):
+    """[W] each, of a word: those of every fourth word from 0 on, then from 1 on, 2, 3, [1, W / 4] each. A thread's four
+    words then lie together; all go through shared memory at once."""
+    COUNT: tl.constexpr = len(factors)
+    FOUR: tl.constexpr = factors[0].shape[0] // 4
+    if COUNT == 2:
+        joined = tl.join(factors[0], factors[1])
+    else:
+        joined = tl.join(tl.join(factors[0], factors[2]), tl.join(factors[1], factors[3]))
+    turned = tl.permute(tl.reshape(joined, [FOUR, 4, COUNT]), [0, 2, 1])
+    words = _split4(tl.reshape(turned, [FOUR * COUNT, 4]))
+    out = ()
+    for i in tl.static_range(4):
+        each = tl.reshape(words[i], [FOUR, COUNT])
+        if COUNT == 2:
+            out += tl.split(each)  # type: ignore[assignment]
+        else:
+            out += _split4(each)  # type: ignore[assignment]
+    return out
 
 
 @triton.jit
@@ -67,19 +102,9 @@ def _rounded(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _e4m3(word, NATIVE: tl.constexpr):
+def _e4m3(word):
     """The four e4m3 of words, lowest first, as float32."""
-    if NATIVE:
-        a, b, c, d = tl.inline_asm_elementwise(
-            """{.reg .b16 a, b, c, d, e, f; .reg .b32 p, q;
-            mov.b32 {a, b}, $4; cvt.rn.f16x2.e4m3x2 p, a; cvt.rn.f16x2.e4m3x2 q, b;
-            mov.b32 {c, d}, p; mov.b32 {e, f}, q;
-            cvt.f32.f16 $0, c; cvt.f32.f16 $1, d; cvt.f32.f16 $2, e; cvt.f32.f16 $3, f;}""",
-            "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        a, b, c, d = _byte(word << 24), _byte(word << 16), _byte(word << 8), _byte(word)
-    return a, b, c, d
+    return _byte(word << 24), _byte(word << 16), _byte(word << 8), _byte(word)
 
 
 @triton.jit
@@ -88,45 +113,23 @@ def _byte(word):
 
 
 @triton.jit
-def _nibbles(word, KIND: tl.constexpr, NATIVE: tl.constexpr):
+def _nibbles(word, KIND: tl.constexpr):
     """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `_places` says: the bits of a
-    float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice
-    the number (NATIVE: + 12)."""
+    float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice the number."""
     values = ()
-    if KIND == "int4":
-        for j in tl.static_range(8):
+    for j in tl.static_range(8):
+        if KIND == "int4":
             bits = word & (15 << 4 * j) if j < 6 else (word >> 8) & (15 << 4 * (j - 2))
-            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
-    elif NATIVE:
-        # A byte permutation looks up four of eight bytes; bit 3 of an index, the sign, makes it 0.
-        low, high = tl.inline_asm_elementwise(
-            """{.reg .b32 a, b, p, n; mov.b32 a, 0x03020100; mov.b32 b, 0x0C080604;
-            .reg .b32 w, s; xor.b32 s, $2, 0x88888888;
-            prmt.b32 p, a, b, $2; prmt.b32 n, a, b, s; sub.s32 p, p, n; add.s32 $0, p, 0x0C0C0C0C;
-            shr.u32 w, $2, 16; shr.u32 s, s, 16;
-            prmt.b32 p, a, b, w; prmt.b32 n, a, b, s; sub.s32 p, p, n; add.s32 $1, p, 0x0C0C0C0C;}""",
-            "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        for j in tl.static_range(8):
-            four = low if j < 4 else high
-            bits = four >> 24 if j % 4 == 3 else four & (255 << 8 * (j % 4))
-            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
-    else:
-        for j in tl.static_range(8):
+        else:
             bits = (word << (28 - 4 * j)) >> 6 & -0x7E400000
-            values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
+        values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
     return values
 
 
 @triton.jit
-def _places(j, KIND: tl.constexpr, NATIVE: tl.constexpr):
+def _places(j, KIND: tl.constexpr):
     """2^(80 - p) of number j of a word."""
-    if KIND == "int4":
-        place = 4 * j - tl.where(j < 6, 0, 8)
-    elif NATIVE:
-        place = tl.where(j % 4 == 3, 0, j % 4 * 8)
-    else:
-        place = j * 0 + 22
+    place = 4 * j - tl.where(j < 6, 0, 8) if KIND == "int4" else j * 0 + 22
     return ((127 + 80 - place) << 23).to(tl.float32, bitcast=True)
 
 
@@ -147,31 +150,89 @@ def _four(x, norm, at, factor, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.con
 
 
 @triton.jit
+def _halves(low, high, KIND: tl.constexpr):
+    """Columns of words as pairs of float16, in the order in which `_paired` has their weights: of e4m3 neighbours, each
+    rounded to that type, / 64; else columns j and j + 4, of int4 those of odd j / 16."""
+    if KIND == "e4m3":
+        out = tl.inline_asm_elementwise(
+            """{.reg .b16 p, q; .reg .b32 s; mov.b32 s, 0x24002400;
+            cvt.rn.satfinite.e4m3x2.f32 p, $3, $2; cvt.rn.satfinite.e4m3x2.f32 q, $5, $4;
+            cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q;
+            mul.rn.f16x2 $0, $0, s; mul.rn.f16x2 $1, $1, s;}""",
+            "=&r,=&r,f,f,f,f", [low[0], low[1], low[2], low[3]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        SCALED: tl.constexpr = "mul.rn.f16x2 $1, $1, s; mul.rn.f16x2 $3, $3, s;}" if KIND == "int4" else "}"
+        out = tl.inline_asm_elementwise(
+            """{.reg .b32 s; mov.b32 s, 0x2C002C00;
+            cvt.rn.f16x2.f32 $0, $8, $4; cvt.rn.f16x2.f32 $1, $9, $5;
+            cvt.rn.f16x2.f32 $2, $10, $6; cvt.rn.f16x2.f32 $3, $11, $7;""" + SCALED,
+            "=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f", [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
 def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
            KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """Of W words' columns of the token from k on: x (1 + n) as factors of their numbers (rounded int8: as words), Σ x²
-    by word, and what is too much in each word's product as `_nibbles` counts."""
+    """Of W words' columns of the token from k on: x (1 + n) as factors of their numbers (rounded int8: as words; or as
+    `_halves`), Σ x² by word, and what is too much in each word's product, for int4 comes with 8 added."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     j = tl.arange(0, 4)
     at = k + tl.arange(0, W)[:, None] * PER + j[None, :]
     value, squares = _four(x, norm, at, factor, K, EVEN, NORM)
     added = squares
-    if ROUND:
-        word = tl.sum(_rounded(value, KIND, NATIVE) << (8 * j)[None, :], axis=1)
-        if KIND == "int8":
-            out = (word,)
-        else:
-            out = _e4m3(word, NATIVE)
+    if KIND == "int8" and ROUND:
+        out = (tl.sum(_rounded(value, KIND, NATIVE) << (8 * j)[None, :], axis=1),)
     elif PER == 4:
-        out = _split4(value)
+        low = _split4(value)
+        if NATIVE == PAIRS:
+            out = _halves(low, low, KIND)
+        elif ROUND:
+            out = _e4m3(tl.sum(_rounded(value, KIND, NATIVE) << (8 * j)[None, :], axis=1))
+        else:
+            out = low
     else:
         high, more = _four(x, norm, at + 4, factor, K, EVEN, NORM)
         squares += more
-        added = tl.sum(value + high, axis=1) * ((8.0 if KIND == "int4" else 12.0) * 2.0**-69)
-        low = _split4(value * _places(j, KIND, NATIVE)[None, :])
-        high = _split4(high * _places(4 + j, KIND, NATIVE)[None, :])
-        out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])  # type: ignore[assignment]
+        added = tl.sum(value + high, axis=1) * (2.0**-21 if NATIVE == PAIRS else 2.0**-66)
+        if NATIVE == PAIRS:
+            out = _halves(_split4(value), _split4(high), KIND)
+        else:
+            low = _split4(value * _places(j, KIND)[None, :])
+            high = _split4(high * _places(4 + j, KIND)[None, :])
+            out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])  # type: ignore[assignment]
     return out, squares, added
+
+
+def _pairs(kind: str) -> str:
+    """Four words of a weight times their columns in PTX: numbers as pairs of float16 (int4 + 8 as they lie: 2^-24 of
+    them or of 16 of them; e2m1: 2^-14), whose products are summed as such, eight at most, then as float32."""
+    each = 2 if kind == "e4m3" else 4
+    lines, chain = ["{.reg .b16 a, b; .reg .b32 p, q, r; .reg .f32 u, v; mov.f32 u, 0f00000000;"], ""
+    for i in range(4):
+        for j in range(each):
+            word, x = f"${1 + i}", f"${5 + each * i + j}"
+            if kind == "e4m3":
+                take = f"mov.b32 {{a, b}}, {word}; cvt.rn.f16x2.e4m3x2 q, {'ab'[j]};"
+            elif kind == "int4":
+                take = f"shr.u32 r, {word}, 8; " if j == 2 else ""
+                take += f"and.b32 q, {word if j < 2 else 'r'}, {('0x000F000F', '0x00F000F0')[j % 2]};"
+            else:
+                shift = f"shl.b32 q, {word}, {9 - 4 * j};" if j < 3 else f"shr.u32 q, {word}, 3;"
+                take = f"{shift} and.b32 q, q, 0x0E000E00; shl.b32 r, {word}, {12 - 4 * j}; "
+                take += "lop3.b32 q, r, 0x80008000, q, 0xEA;"
+            lines.append(f"{take} fma.rn.f16x2 p, q, {x}, p;" if chain else f"{take} mul.rn.f16x2 p, q, {x};")
+            chain += "p"
+            if len(chain) == 8:
+                chain = ""
+                lines.append("mov.b32 {a, b}, p; cvt.f32.f16 v, a; add.f32 u, u, v;")
+                lines.append("cvt.f32.f16 v, b; add.f32 u, u, v;")
+    return " ".join([*lines, "mov.f32 $0, u;}"])
+
+
+_E4M3_PAIRS, _INT4_PAIRS, _E2M1_PAIRS = (tl.constexpr(_pairs(kind)) for kind in ("e4m3", "int4", "e2m1"))
 
 
 @triton.jit
@@ -184,24 +245,34 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
     b, d = tl.split(odd)
     four = (a, b, c, d)
     total = tl.zeros([tile.shape[0], FOUR], tl.int32 if KIND == "int8" else tl.float32)
-    mine = ()
-    for j in tl.static_range(len(factors)):
-        mine += (_split4(tl.reshape(factors[j], [FOUR, 4])),)  # type: ignore[assignment]
-    for i in tl.static_range(4):
-        if KIND == "int8":
-            x = mine[0][i][None, :]  # type: ignore[misc]
-            if NATIVE:
-                total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [four[i], x, total],
-                                                  dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+    if NATIVE == PAIRS:
+        operands = four
+        mine = _by_word(factors)
+        for i in tl.static_range(len(mine)):
+            operands += (mine[i][None, :],)  # type: ignore[assignment]
+        TEXT: tl.constexpr = _E4M3_PAIRS if KIND == "e4m3" else _INT4_PAIRS if KIND == "int4" else _E2M1_PAIRS
+        REGISTERS: tl.constexpr = "=f" + ",r,r,r,r" * (1 + len(factors))
+        total = tl.inline_asm_elementwise(TEXT, REGISTERS, operands, dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        mine = ()
+        for j in tl.static_range(len(factors)):
+            mine += (_split4(tl.reshape(factors[j], [FOUR, 4])),)  # type: ignore[assignment]
+        for i in tl.static_range(4):
+            if KIND == "int8":
+                x = mine[0][i][None, :]  # type: ignore[misc]
+                if NATIVE:
+                    total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [four[i], x, total],
+                                                      dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+                else:
+                    for j in tl.static_range(4):
+                        total += ((four[i] << (8 * j)) >> 24) * ((x << (8 * j)) >> 24)
             else:
-                for j in tl.static_range(4):
-                    total += ((four[i] << (8 * j)) >> 24) * ((x << (8 * j)) >> 24)
-        else:
-            values = _e4m3(four[i], NATIVE) if KIND == "e4m3" else _nibbles(four[i], KIND, NATIVE)
-            for j in tl.static_range(len(factors)):
-                total += values[j] * mine[j][i][None, :]  # type: ignore[misc]
-    if KIND == "int4" or (KIND == "e2m1" and NATIVE):
-        total -= tl.sum(tl.reshape(added, [FOUR, 4]), axis=1)[None, :]
+                values = _e4m3(four[i]) if KIND == "e4m3" else _nibbles(four[i], KIND)
+                for j in tl.static_range(len(factors)):
+                    total += values[j] * mine[j][i][None, :]  # type: ignore[misc]
+    if KIND == "int4":
+        a, b, c, d = _split4(tl.reshape(added, [FOUR, 4]))
+        total -= (a + b + c + d)[None, :]
     return total
 
 
@@ -253,8 +324,8 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
                   NORM: tl.constexpr):  # fmt: skip
     """Rows of one or TWO blocks of a weight by one token, each [ROWS] (x with its norm's rsqrt left out, whose Σ x² is
     the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`
-    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded; `rows`: those that exist, FULL: all. The next
-    words are on their way while some are multiplied."""
+    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded or becomes `_halves`; `rows`: those there are,
+    FULL: all. The next words are on their way while some are multiplied."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER
@@ -267,7 +338,12 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
     squares = tl.zeros([W], tl.float32)
     factor, unit = 1.0, 1.0
     if ROUND:
-        factor, unit = LARGEST / top, top / LARGEST
+        factor, unit = LARGEST / top, top / LARGEST * (64.0 if NATIVE == PAIRS else 1.0)
+    elif NATIVE == PAIRS:
+        # The largest becomes 2^14 or more, below 2^15.
+        power = top.to(tl.int32, bitcast=True) & 0x7F800000
+        factor = (254 * 8388608 - power).to(tl.float32, bitcast=True) * 2.0**14
+        unit = power.to(tl.float32, bitcast=True) * (2.0**10 if KIND == "int4" else 1.0)
     elif PER == 8:
         unit = 2.0**69 if KIND == "int4" else 2.0**68
     for i in tl.range(0, LAST):
@@ -332,7 +408,7 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + n, mask=rows, other=0.0).to(tl.float32)
-    top = largest(x, norm, K, NORM) if LARGEST > 0 else 1.0
+    top = largest(x, norm, K, NORM) if LARGEST > 0 or NATIVE == PAIRS else 1.0
     out, up, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
                                      rows, K, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
     release_next(pdl)
@@ -571,6 +647,13 @@ def form(w: Quantized) -> dict[str, Any]:
     return {"KIND": _KINDS[scheme.name], "GROUP": group, "SHARING": scheme.rows}
 
 
+def by_token(w: Quantized) -> dict[str, Any]:
+    """The constexprs of `rows_by_token` that say how it is multiplied here."""
+    most = largest_of(w)
+    pairs = w.dtype.itemsize == 2 and (w.scheme.bits == 4 or most == LARGEST[torch.float8_e4m3fn])
+    return {"LARGEST": most, "NATIVE": native(target_of(w.values)) * (1 + pairs)}
+
+
 def largest_of(w: Quantized) -> float:
     """What x is scaled to before it is rounded; 0 where it is not."""
     return LARGEST[w.scheme.activations] if w.scheme.activations else 0.0
@@ -588,7 +671,7 @@ def prepare(x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: 
         return x_MK.to(w.dtype).contiguous(), x_MK
     half = w.scheme.name == "int4" and w.dtype.itemsize == 2
     q_MK = torch.empty((M, K), dtype=torch.uint8 if most else torch.float16 if half else w.dtype, device=x_MK.device)
-    scales = torch.empty(M * (1 + triton.cdiv(K, 128) * half), dtype=torch.float32, device=x_MK.device)
+    scales = torch.empty(M * (1 + cdiv(K, 128) * half), dtype=torch.float32, device=x_MK.device)
     launch(
         _prepare, (M,), x_MK, x_MK if norm_K is None else norm_K, q_MK, w.values.new_empty(0, dtype=w.dtype)
         if h_MK is None else h_MK, scales, eps, x_MK.stride(0), K=K, KIND=_KINDS[w.scheme.name], LARGEST=most,
@@ -616,38 +699,37 @@ def quantized(
         return
     found = parameters("quantized.one", x_MK, **key) if M == 1 and K * w.scheme.bits % 32 == 0 else {"rows": 0}
     if found["rows"]:
-        rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, triton.next_power_of_2(K)))
+        rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, power_of_2(K)))
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
-            _one, (triton.cdiv(N, rows),), values, w.scales, x_MK, x_MK if norm_K is None else norm_K, residual, y_MN,
-            eps, NORM=norm_K is not None, LARGEST=most, NATIVE=native(target), ROWS=rows,
-            COLUMNS=columns, THREADS=32 * found["num_warps"],
-            PREFETCH=prefetch, **shared, **found,
+            _one, (cdiv(N, rows),), values, w.scales, x_MK, x_MK if norm_K is None else norm_K, residual, y_MN,
+            eps, NORM=norm_K is not None, ROWS=rows, COLUMNS=columns, THREADS=32 * found["num_warps"],
+            PREFETCH=prefetch, **by_token(w), **shared, **found,
         )  # fmt: skip
         return
     found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
     q_MK, x_scales = prepare(x_MK, w, norm_K, eps)
     rows, per_core, depth = found.pop("rows"), found.pop("per_core"), found.pop("depth")
     valid = _fitting(N, rows // (1 + gated), per_core * target.cores)
-    tokens = max(found.pop("tokens"), min(64, triton.next_power_of_2(M)) if M <= FEW else 0)
+    tokens = max(found.pop("tokens"), min(64, power_of_2(M)) if M <= FEW else 0)
     prefetch, splits = found.pop("prefetch", 0) * (found["pdl"] > 0), found.pop("splits", 1)
     if gated or how["KIND"] == "int8":  # whose sums of integers no order changes
         splits = 1
     depth, parts_PMN = depth_of(w, depth), y_MN
-    each = triton.cdiv(triton.cdiv(K, depth), splits) * depth % (triton.cdiv(K, depth) * depth)
+    each = cdiv(cdiv(K, depth), splits) * depth % (cdiv(K, depth) * depth)
     if each:
-        splits = triton.cdiv(K, each)
+        splits = cdiv(K, each)
         parts_PMN = torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device)
         shared["RESIDUAL"] = False
     launch(
-        _tile, (triton.cdiv(N, valid) * triton.cdiv(M, tokens), splits if each else 1), values, w.scales, q_MK,
+        _tile, (cdiv(N, valid) * cdiv(M, tokens), splits if each else 1), values, w.scales, q_MK,
         x_scales, residual, parts_PMN, M, Y=parts_PMN.stride(-2), ROUND=most > 0, PACKED=packed(target),
         PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens, DEPTH=depth, BAND=found.pop("band"),
         STAGES=found["num_stages"], THREADS=32 * found["num_warps"], PREFETCH=prefetch, EACH=each, **shared, **found,
     )  # fmt: skip
     if each:
         found = parameters("quantized.sum", x_MK, N=N)
-        launch(_sum, (triton.cdiv(N, found["BLOCK"]), M), parts_PMN, residual, y_MN, M, N=N, Y=y_MN.stride(0),
+        launch(_sum, (cdiv(N, found["BLOCK"]), M), parts_PMN, residual, y_MN, M, N=N, Y=y_MN.stride(0),
                PARTS=splits, RESIDUAL=residual_MN is not None, **found)  # fmt: skip
 
 
@@ -663,5 +745,5 @@ def depth_of(w: Quantized, depth: int) -> int:
 
 
 def _bucket(tokens: int) -> int:
-    few = 1 if tokens == 1 else max(8, triton.next_power_of_2(tokens))
+    few = 1 if tokens == 1 else max(8, bucket(tokens))
     return few if tokens <= FEW else 256 if tokens <= 256 else 4096
