@@ -14,7 +14,7 @@ import triton.language as tl
 from tritium.ops.kernels.launch import cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import _tile, _two_rows, _vector, keys, lanes_of, logits_stride, next_expert
-from tritium.ops.kernels.quantized import LEAST, PAIRS, by_token, form, largest, row_scales, rows_by_token, words
+from tritium.ops.kernels.quantized import LEAST, by_token, form, largest, row_scales, rows_by_token, words
 from tritium.ops.quantized import Quantized
 
 
@@ -49,7 +49,7 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
         up_at, up_scale_at, up_tile, up_scale = _first(shared, scales, base, S + s, rows, H, 2 * S, COLUMNS, KIND,
                                                        GROUP, SHARING, EVEN)  # fmt: skip
         wait_for_inputs(pdl)
-        top = largest(x, norm, H, True) if LARGEST > 0 or NATIVE == PAIRS else 1.0
+        top = largest(x, norm, H, True) if LARGEST > 0 else 1.0
         a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
                                       rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, True)  # fmt: skip
         release_next(pdl)
@@ -96,7 +96,7 @@ def _up_one(x, norm, logits, gate_up, scales, inner, eps, H: tl.constexpr, E: tl
     for _ in range(rank + 1, K):
         value, chosen, key = next_expert(key, expert)
         total += tl.exp(value - first)
-    top = largest(x, norm, H, True) if LARGEST > 0 or NATIVE == PAIRS else 1.0
+    top = largest(x, norm, H, True) if LARGEST > 0 else 1.0
     a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
                                   H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, True)  # fmt: skip
     release_next(pdl)
@@ -134,7 +134,7 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
     rank, i = tl.arange(0, RANKS), tl.arange(0, BLOCK)
     tops = tl.zeros((RANKS,), tl.float32)
     top_shared = 1.0
-    if LARGEST > 0 or NATIVE == PAIRS:
+    if LARGEST > 0:
         value = tl.load(inner + rank[:, None] * I + i[None, :], mask=(rank < K)[:, None] & (i < I)[None, :], other=0.0)
         tops = tl.maximum(tl.max(tl.abs(value.to(tl.float32)), axis=1), LEAST)
         top_shared = largest(inner_shared, inner_shared, S, False)

@@ -41,9 +41,9 @@ from tritium.ops.quantized import LARGEST, Quantized, dequantize
 _KINDS = {"int8": "int8", "fp8": "e4m3", "fp8-block": "e4m3", "int4": "int4", "mxfp4": "e2m1"}
 LEAST = tl.constexpr(1e-30)
 """Stands in for the largest magnitude of a token of zeros."""
-PAIRS = tl.constexpr(2)
-"""`NATIVE`: 0 where there are no instructions for these types, else 1; this where one token's products with e4m3 and 4
-bits are also summed as pairs of float16, eight at most."""
+QUICK = tl.constexpr(2)
+"""`NATIVE`: 0 where there are no instructions for these types, else 1; this where one token's products go the shortest
+way: with e4m3 as pairs of float16, eight of which are summed as such; with 4 bits as integers, x in two bytes."""
 
 
 @triton.jit
@@ -150,34 +150,43 @@ def _four(x, norm, at, factor, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.con
 
 
 @triton.jit
-def _halves(low, high, KIND: tl.constexpr):
-    """Columns of words as pairs of float16, in the order in which `_paired` has their weights: of e4m3 neighbours, each
-    rounded to that type, / 64; else columns j and j + 4, of int4 those of odd j / 16."""
-    if KIND == "e4m3":
-        out = tl.inline_asm_elementwise(
-            """{.reg .b16 p, q; .reg .b32 s; mov.b32 s, 0x24002400;
-            cvt.rn.satfinite.e4m3x2.f32 p, $3, $2; cvt.rn.satfinite.e4m3x2.f32 q, $5, $4;
-            cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q;
-            mul.rn.f16x2 $0, $0, s; mul.rn.f16x2 $1, $1, s;}""",
-            "=&r,=&r,f,f,f,f", [low[0], low[1], low[2], low[3]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
+def _halves(four):
+    """Columns of words, each rounded to e4m3, / 64, as two pairs of float16."""
+    return tl.inline_asm_elementwise(
+        """{.reg .b16 p, q; .reg .b32 s; mov.b32 s, 0x24002400;
+        cvt.rn.satfinite.e4m3x2.f32 p, $3, $2; cvt.rn.satfinite.e4m3x2.f32 q, $5, $4;
+        cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q;
+        mul.rn.f16x2 $0, $0, s; mul.rn.f16x2 $1, $1, s;}""",
+        "=&r,=&r,f,f,f,f", [four[0], four[1], four[2], four[3]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _bytes(low, high, KIND: tl.constexpr):
+    """Eight columns of words, below 2^15, to the nearest integer: the low bytes of four, their high bytes, and those of
+    the other four. The first four are the even columns for int4, 0 to 3 for e2m1."""
+    if KIND == "int4":
+        first, second = (low[0], low[2], high[0], high[2]), (low[1], low[3], high[1], high[3])
     else:
-        SCALED: tl.constexpr = "mul.rn.f16x2 $1, $1, s; mul.rn.f16x2 $3, $3, s;}" if KIND == "int4" else "}"
-        out = tl.inline_asm_elementwise(
-            """{.reg .b32 s; mov.b32 s, 0x2C002C00;
-            cvt.rn.f16x2.f32 $0, $8, $4; cvt.rn.f16x2.f32 $1, $9, $5;
-            cvt.rn.f16x2.f32 $2, $10, $6; cvt.rn.f16x2.f32 $3, $11, $7;""" + SCALED,
-            "=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f", [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    return out
+        first, second = low, high
+    return tl.inline_asm_elementwise(
+        """{.reg .b32 a, b, c, d; .reg .f32 m; mov.f32 m, 0f4B400000;
+        add.f32 a, $4, m; add.f32 b, $5, m; add.f32 c, $6, m; add.f32 d, $7, m;
+        prmt.b32 a, a, b, 0x5140; prmt.b32 c, c, d, 0x5140; prmt.b32 $0, a, c, 0x5410; prmt.b32 $1, a, c, 0x7632;
+        add.f32 a, $8, m; add.f32 b, $9, m; add.f32 c, $10, m; add.f32 d, $11, m;
+        prmt.b32 a, a, b, 0x5140; prmt.b32 c, c, d, 0x5140; prmt.b32 $2, a, c, 0x5410; prmt.b32 $3, a, c, 0x7632;}""",
+        "=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f",
+        [first[0], first[1], first[2], first[3], second[0], second[1], second[2], second[3]],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
            KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Of W words' columns of the token from k on: x (1 + n) as factors of their numbers (rounded int8: as words; or as
-    `_halves`), Σ x² by word, and what is too much in each word's product, for int4 comes with 8 added."""
+    `_halves` or `_bytes`), Σ x² by word, and for 4 bits what is too much in each word's product, for int4 comes with 8
+    added, or the scale of `_bytes` by four words."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     j = tl.arange(0, 4)
     at = k + tl.arange(0, W)[:, None] * PER + j[None, :]
@@ -187,8 +196,8 @@ def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.conste
         out = (tl.sum(_rounded(value, KIND, NATIVE) << (8 * j)[None, :], axis=1),)
     elif PER == 4:
         low = _split4(value)
-        if NATIVE == PAIRS:
-            out = _halves(low, low, KIND)
+        if NATIVE == QUICK:
+            out = _halves(low)
         elif ROUND:
             out = _e4m3(tl.sum(_rounded(value, KIND, NATIVE) << (8 * j)[None, :], axis=1))
         else:
@@ -196,43 +205,63 @@ def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.conste
     else:
         high, more = _four(x, norm, at + 4, factor, K, EVEN, NORM)
         squares += more
-        added = tl.sum(value + high, axis=1) * (2.0**-21 if NATIVE == PAIRS else 2.0**-66)
-        if NATIVE == PAIRS:
-            out = _halves(_split4(value), _split4(high), KIND)
+        if NATIVE == QUICK:
+            most = tl.max(tl.maximum(tl.abs(value), tl.abs(high)), axis=1)
+            most = tl.maximum(tl.max(tl.reshape(most, [W // 4, 4]), axis=1), LEAST)
+            added = most * (1 / 32512)
+            unit = tl.reshape(tl.broadcast_to((32512 / most)[:, None], [W // 4, 4]), [W])[:, None]
+            out = _bytes(_split4(value * unit), _split4(high * unit), KIND)
         else:
+            added = tl.sum(value + high, axis=1) * 2.0**-66
             low = _split4(value * _places(j, KIND)[None, :])
             high = _split4(high * _places(4 + j, KIND)[None, :])
             out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])  # type: ignore[assignment]
     return out, squares, added
 
 
-def _pairs(kind: str) -> str:
-    """Four words of a weight times their columns in PTX: numbers as pairs of float16 (int4 + 8 as they lie: 2^-24 of
-    them or of 16 of them; e2m1: 2^-14), whose products are summed as such, eight at most, then as float32."""
-    each = 2 if kind == "e4m3" else 4
-    lines, chain = ["{.reg .b16 a, b; .reg .b32 p, q, r; .reg .f32 u, v; mov.f32 u, 0f00000000;"], ""
+def _four_words(kind: str) -> str:
+    """PTX: $0 = four words of a weight ($1 to $4) times their columns ($5 on), as `_halves` and `_bytes` leave them. Of
+    int4 16 times the numbers are bytes; of e2m1 12 more than twice the numbers, $21 takes back."""
+    if kind == "e4m3":
+        lines = ["{.reg .b16 a, b; .reg .b32 p, q; .reg .f32 u;"]
+        for i in range(4):
+            take = f"mov.b32 {{a, b}}, ${1 + i}; cvt.rn.f16x2.e4m3x2 q, a; "
+            take += f"fma.rn.f16x2 p, q, ${5 + 2 * i}, p; " if i else f"mul.rn.f16x2 p, q, ${5 + 2 * i}; "
+            lines.append(f"{take} cvt.rn.f16x2.e4m3x2 q, b; fma.rn.f16x2 p, q, ${6 + 2 * i}, p;")
+        return "\n".join([*lines, "mov.b32 {a, b}, p; cvt.f32.f16 u, a; cvt.f32.f16 $0, b; add.f32 $0, $0, u;}"])
+    lines = ["{.reg .b32 a, b, c, l, h, s, t, v; mov.b32 c, 0x88888888; mov.b32 h, 0;"]
+    if kind == "int4":
+        lines.append("mov.b32 l, 0;")
+        take = "shl.b32 a, {w}, 4; lop3.b32 a, a, c, 0xF0F0F0F0, 0x28; lop3.b32 b, {w}, c, 0xF0F0F0F0, 0x28;"
+    else:
+        lines.append("mov.b32 l, $21; mov.b32 s, 0x03020100; mov.b32 t, 0x0C080604;")
+        # A byte permutation looks up four of eight bytes; bit 3 of an index, the sign, makes it 0.
+        take = "xor.b32 v, {w}, c; prmt.b32 a, s, t, {w}; prmt.b32 b, s, t, v; sub.s32 a, a, b; "
+        take += "add.s32 a, a, 0x0C0C0C0C; shr.u32 b, {w}, 16; shr.u32 v, v, 16; prmt.b32 b, s, t, b; "
+        take += "prmt.b32 v, s, t, v; sub.s32 b, b, v; add.s32 b, b, 0x0C0C0C0C;"
+    sign = "s32" if kind == "int4" else "u32"
     for i in range(4):
-        for j in range(each):
-            word, x = f"${1 + i}", f"${5 + each * i + j}"
-            if kind == "e4m3":
-                take = f"mov.b32 {{a, b}}, {word}; cvt.rn.f16x2.e4m3x2 q, {'ab'[j]};"
-            elif kind == "int4":
-                take = f"shr.u32 r, {word}, 8; " if j == 2 else ""
-                take += f"and.b32 q, {word if j < 2 else 'r'}, {('0x000F000F', '0x00F000F0')[j % 2]};"
-            else:
-                shift = f"shl.b32 q, {word}, {9 - 4 * j};" if j < 3 else f"shr.u32 q, {word}, 3;"
-                take = f"{shift} and.b32 q, q, 0x0E000E00; shl.b32 r, {word}, {12 - 4 * j}; "
-                take += "lop3.b32 q, r, 0x80008000, q, 0xEA;"
-            lines.append(f"{take} fma.rn.f16x2 p, q, {x}, p;" if chain else f"{take} mul.rn.f16x2 p, q, {x};")
-            chain += "p"
-            if len(chain) == 8:
-                chain = ""
-                lines.append("mov.b32 {a, b}, p; cvt.f32.f16 v, a; add.f32 u, u, v;")
-                lines.append("cvt.f32.f16 v, b; add.f32 u, u, v;")
-    return " ".join([*lines, "mov.f32 $0, u;}"])
+        lines.append(take.format(w=f"${1 + i}"))
+        for j, number in enumerate("ab"):
+            lines.append(f"dp4a.{sign}.u32 l, {number}, ${5 + 4 * i + 2 * j}, l; ")
+            lines.append(f"dp4a.{sign}.s32 h, {number}, ${6 + 4 * i + 2 * j}, h;")
+    return "\n".join([*lines, "mad.lo.s32 l, h, 256, l; cvt.rn.f32.s32 $0, l;}"])
 
 
-_E4M3_PAIRS, _INT4_PAIRS, _E2M1_PAIRS = (tl.constexpr(_pairs(kind)) for kind in ("e4m3", "int4", "e2m1"))
+_E4M3_WORDS, _INT4_WORDS, _E2M1_WORDS = (tl.constexpr(_four_words(kind)) for kind in ("e4m3", "int4", "e2m1"))
+
+
+@triton.jit
+def _twelve(x):
+    """-12 Σ of the columns that four words meet, which `_bytes` left as these sixteen."""
+    total = x[0] * 0
+    for i in tl.static_range(8):
+        total = tl.inline_asm_elementwise(
+            "{.reg .b32 c, h; mov.b32 c, 0xF4F4F4F4; dp4a.s32.s32 h, c, $2, 0; mad.lo.s32 h, h, 256, $3; "
+            "dp4a.s32.u32 $0, c, $1, h;}",
+            "=r,r,r,r", [x[2 * i], x[2 * i + 1], total], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return total
 
 
 @triton.jit
@@ -245,14 +274,18 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
     b, d = tl.split(odd)
     four = (a, b, c, d)
     total = tl.zeros([tile.shape[0], FOUR], tl.int32 if KIND == "int8" else tl.float32)
-    if NATIVE == PAIRS:
-        operands = four
+    if NATIVE == QUICK:
         mine = _by_word(factors)
+        if KIND == "e2m1":
+            mine += (_twelve(mine),)
+        operands = four
         for i in tl.static_range(len(mine)):
             operands += (mine[i][None, :],)  # type: ignore[assignment]
-        TEXT: tl.constexpr = _E4M3_PAIRS if KIND == "e4m3" else _INT4_PAIRS if KIND == "int4" else _E2M1_PAIRS
-        REGISTERS: tl.constexpr = "=f" + ",r,r,r,r" * (1 + len(factors))
+        TEXT: tl.constexpr = _E4M3_WORDS if KIND == "e4m3" else _INT4_WORDS if KIND == "int4" else _E2M1_WORDS
+        REGISTERS: tl.constexpr = "=f" + ",r" * len(operands)
         total = tl.inline_asm_elementwise(TEXT, REGISTERS, operands, dtype=tl.float32, is_pure=True, pack=1)
+        if KIND != "e4m3":
+            total *= added[None, :]
     else:
         mine = ()
         for j in tl.static_range(len(factors)):
@@ -270,9 +303,8 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
                 values = _e4m3(four[i]) if KIND == "e4m3" else _nibbles(four[i], KIND)
                 for j in tl.static_range(len(factors)):
                     total += values[j] * mine[j][i][None, :]  # type: ignore[misc]
-    if KIND == "int4":
-        a, b, c, d = _split4(tl.reshape(added, [FOUR, 4]))
-        total -= (a + b + c + d)[None, :]
+        if KIND == "int4":
+            total -= tl.sum(tl.reshape(added, [FOUR, 4]), axis=1)[None, :]
     return total
 
 
@@ -324,7 +356,7 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
                   NORM: tl.constexpr):  # fmt: skip
     """Rows of one or TWO blocks of a weight by one token, each [ROWS] (x with its norm's rsqrt left out, whose Σ x² is
     the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`
-    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded or becomes `_halves`; `rows`: those there are,
+    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded; `rows`: those that exist,
     FULL: all. The next words are on their way while some are multiplied."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
@@ -338,12 +370,9 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
     squares = tl.zeros([W], tl.float32)
     factor, unit = 1.0, 1.0
     if ROUND:
-        factor, unit = LARGEST / top, top / LARGEST * (64.0 if NATIVE == PAIRS else 1.0)
-    elif NATIVE == PAIRS:
-        # The largest becomes 2^14 or more, below 2^15.
-        power = top.to(tl.int32, bitcast=True) & 0x7F800000
-        factor = (254 * 8388608 - power).to(tl.float32, bitcast=True) * 2.0**14
-        unit = power.to(tl.float32, bitcast=True) * (2.0**10 if KIND == "int4" else 1.0)
+        factor, unit = LARGEST / top, top / LARGEST * (64.0 if NATIVE == QUICK else 1.0)
+    elif PER == 8 and NATIVE == QUICK:
+        unit = 0.0625 if KIND == "int4" else 0.5
     elif PER == 8:
         unit = 2.0**69 if KIND == "int4" else 2.0**68
     for i in tl.range(0, LAST):
@@ -408,7 +437,7 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + n, mask=rows, other=0.0).to(tl.float32)
-    top = largest(x, norm, K, NORM) if LARGEST > 0 or NATIVE == PAIRS else 1.0
+    top = largest(x, norm, K, NORM) if LARGEST > 0 else 1.0
     out, up, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
                                      rows, K, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
     release_next(pdl)
@@ -649,9 +678,9 @@ def form(w: Quantized) -> dict[str, Any]:
 
 def by_token(w: Quantized) -> dict[str, Any]:
     """The constexprs of `rows_by_token` that say how it is multiplied here."""
-    most = largest_of(w)
-    pairs = w.dtype.itemsize == 2 and (w.scheme.bits == 4 or most == LARGEST[torch.float8_e4m3fn])
-    return {"LARGEST": most, "NATIVE": native(target_of(w.values)) * (1 + pairs)}
+    rounded = w.scheme.activations == torch.float8_e4m3fn and w.dtype == torch.bfloat16  # of more digits sums need more
+    quick = rounded or (w.scheme.bits == 4 and w.dtype.itemsize == 2)
+    return {"LARGEST": largest_of(w), "NATIVE": native(target_of(w.values)) * (1 + quick)}
 
 
 def largest_of(w: Quantized) -> float:
