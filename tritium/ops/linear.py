@@ -95,6 +95,7 @@ _QUANTIZED: tuple[Dims, ...] = (
 )
 _MIXED: tuple[Dims, ...] = (
     {"M": 1, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 2},
+    {"M": 1, "N": 75, "K": 1100, "norm": 1, "plain": 5, "scheme": 4},
     {"M": 7, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 1},
     {"M": 65, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 4},
 )

@@ -257,35 +257,38 @@ def linear(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """y_MN in `dtype`, else in the residual's, else in w's; up to FEW rows are rounded once, to it. All but x (strided
-    rows) are contiguous. The result may take the residual's place. Row blocks have a launch each that writes their
-    columns; a gate, whose halves lie in different blocks, and a residual come after."""
+    rows) are contiguous. The result may take the residual's place. Row blocks write their columns, one after the other;
+    a gate, whose halves lie in different blocks, and a residual come after."""
     w, *more = row_blocks(w_JK)
     dtype = dtype or (w if residual_MN is None else residual_MN).dtype
     if more:
         sizes = [block.shape[0] for block in (w, *more)]
         apart = gated or residual_MN is not None
         p_MJ = x_MK.new_empty(len(x_MK), sum(sizes), dtype=w.dtype if apart else dtype)
-        for block, columns in zip((w, *more), p_MJ.split(sizes, dim=1)):
-            _into(columns, x_MK, block, norm_K, eps)
+        if isinstance(w, Quantized) and len(more) == 1 and isinstance(more[0], torch.Tensor):
+            linear_into(p_MJ, x_MK, w, norm_K, eps, plain_PK=more[0])
+        else:
+            for block, columns in zip((w, *more), p_MJ.split(sizes, dim=1)):
+                linear_into(columns, x_MK, block, norm_K, eps)
         y_MN = silu_mul(x_TJ=p_MJ) if gated else p_MJ
         return (y_MN if residual_MN is None else residual_MN + y_MN).to(dtype)
     if len(x_MK) > FEW and isinstance(w, torch.Tensor):
         return _many(x_MK, w, norm_K, eps, gated, residual_MN).to(dtype)
     y_MN = torch.empty((len(x_MK), w.shape[0] // (1 + gated)), dtype=dtype, device=x_MK.device)
-    _into(y_MN, x_MK, w, norm_K, eps, gated, residual_MN)
+    linear_into(y_MN, x_MK, w, norm_K, eps, gated, residual_MN)
     return y_MN
 
 
-def _into(
+def linear_into(
     y_MN: torch.Tensor, x_MK: torch.Tensor, w_JK: Weight, norm_K: torch.Tensor | None, eps: float, gated: bool = False,
-    residual_MN: torch.Tensor | None = None,
+    residual_MN: torch.Tensor | None = None, plain_PK: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`linear` into y, whose rows may be strided."""
+    """`linear` into y, whose rows may be strided. `plain_PK`: rows behind those of a quantized weight."""
     (M, K), N = x_MK.shape, y_MN.shape[1]
     if isinstance(w_JK, Quantized):
         from tritium.ops.kernels.quantized import quantized
 
-        return quantized(x_MK, w_JK, norm_K, eps, gated, residual_MN, y_MN)
+        return quantized(x_MK, w_JK, norm_K, eps, gated, residual_MN, y_MN, plain_PK)
     if M > FEW:
         y_MN.copy_(_many(x_MK, w_JK, norm_K, eps, gated, residual_MN))
         return None

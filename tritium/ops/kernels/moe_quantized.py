@@ -49,7 +49,7 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
         up_at, up_scale_at, up_tile, up_scale = _first(shared, scales, base, S + s, rows, H, 2 * S, COLUMNS, KIND,
                                                        GROUP, SHARING, EVEN)  # fmt: skip
         wait_for_inputs(pdl)
-        top = largest(x, norm, H, True) if LARGEST > 0 else 1.0
+        top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
         a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
                                       rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, True)  # fmt: skip
         release_next(pdl)
@@ -96,7 +96,7 @@ def _up_one(x, norm, logits, gate_up, scales, inner, eps, H: tl.constexpr, E: tl
     for _ in range(rank + 1, K):
         value, chosen, key = next_expert(key, expert)
         total += tl.exp(value - first)
-    top = largest(x, norm, H, True) if LARGEST > 0 else 1.0
+    top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
     a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
                                   H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, True)  # fmt: skip
     release_next(pdl)
@@ -137,7 +137,7 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
     if LARGEST > 0:
         value = tl.load(inner + rank[:, None] * I + i[None, :], mask=(rank < K)[:, None] & (i < I)[None, :], other=0.0)
         tops = tl.maximum(tl.max(tl.abs(value.to(tl.float32)), axis=1), LEAST)
-        top_shared = largest(inner_shared, inner_shared, S, False)
+        top_shared = largest(inner_shared, inner_shared, S, False, NATIVE)
     total = tl.zeros((ROWS,), tl.float32)
     for j in tl.static_range(K):
         at, scale_at, tile, scale = tiles[j]  # type: ignore[var-annotated]

@@ -33,7 +33,7 @@ from tritium.ops.kernels.launch import (
     target_of,
     wait_for_inputs,
 )
-from tritium.ops.kernels.linear import FEW, _fitting, _prefetch, linear
+from tritium.ops.kernels.linear import FEW, _fitting, _prefetch, linear, linear_into
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.norm import rms_norm
 from tritium.ops.quantized import LARGEST, Quantized, dequantize
@@ -53,28 +53,6 @@ def _split4(x):
     a, c = tl.split(even)
     b, d = tl.split(odd)
     return a, b, c, d
-
-
-@triton.jit
-def _by_word(factors):
-    """[W] each, of a word: those of every fourth word from 0 on, then from 1 on, 2, 3, [1, W / 4] each. A thread's four
-    words then lie together; all go through shared memory at once."""
-    COUNT: tl.constexpr = len(factors)
-    FOUR: tl.constexpr = factors[0].shape[0] // 4
-    if COUNT == 2:
-        joined = tl.join(factors[0], factors[1])
-    else:
-        joined = tl.join(tl.join(factors[0], factors[2]), tl.join(factors[1], factors[3]))
-    turned = tl.permute(tl.reshape(joined, [FOUR, 4, COUNT]), [0, 2, 1])
-    words = _split4(tl.reshape(turned, [FOUR * COUNT, 4]))
-    out = ()
-    for i in tl.static_range(4):
-        each = tl.reshape(words[i], [FOUR, COUNT])
-        if COUNT == 2:
-            out += tl.split(each)  # type: ignore[assignment]
-        else:
-            out += _split4(each)  # type: ignore[assignment]
-    return out
 
 
 @triton.jit
@@ -151,33 +129,26 @@ def _four(x, norm, at, factor, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.con
 
 @triton.jit
 def _halves(four):
-    """Columns of words, each rounded to e4m3, / 64, as two pairs of float16."""
+    """Columns of words, each rounded to e4m3, / 64, as four float16. A number of 64 bits, for what a thread computes
+    goes to those that need it through shared memory, as few times as may be."""
     return tl.inline_asm_elementwise(
-        """{.reg .b16 p, q; .reg .b32 s; mov.b32 s, 0x24002400;
-        cvt.rn.satfinite.e4m3x2.f32 p, $3, $2; cvt.rn.satfinite.e4m3x2.f32 q, $5, $4;
-        cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q;
-        mul.rn.f16x2 $0, $0, s; mul.rn.f16x2 $1, $1, s;}""",
-        "=&r,=&r,f,f,f,f", [four[0], four[1], four[2], four[3]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        """{.reg .b16 p, q; .reg .b32 a, b, s; mov.b32 s, 0x24002400;
+        cvt.rn.satfinite.e4m3x2.f32 p, $2, $1; cvt.rn.satfinite.e4m3x2.f32 q, $4, $3;
+        cvt.rn.f16x2.e4m3x2 a, p; cvt.rn.f16x2.e4m3x2 b, q;
+        mul.rn.f16x2 a, a, s; mul.rn.f16x2 b, b, s; mov.b64 $0, {a, b};}""",
+        "=l,f,f,f,f", [four[0], four[1], four[2], four[3]], dtype=tl.int64, is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _bytes(low, high, KIND: tl.constexpr):
-    """Eight columns of words, below 2^15, to the nearest integer: the low bytes of four, their high bytes, and those of
-    the other four. The first four are the even columns for int4, 0 to 3 for e2m1."""
-    if KIND == "int4":
-        first, second = (low[0], low[2], high[0], high[2]), (low[1], low[3], high[1], high[3])
-    else:
-        first, second = low, high
+def _bytes(four):
+    """Four columns of words, below 2^15, to the nearest integer: their low bytes, and above them the high ones."""
     return tl.inline_asm_elementwise(
         """{.reg .b32 a, b, c, d; .reg .f32 m; mov.f32 m, 0f4B400000;
-        add.f32 a, $4, m; add.f32 b, $5, m; add.f32 c, $6, m; add.f32 d, $7, m;
-        prmt.b32 a, a, b, 0x5140; prmt.b32 c, c, d, 0x5140; prmt.b32 $0, a, c, 0x5410; prmt.b32 $1, a, c, 0x7632;
-        add.f32 a, $8, m; add.f32 b, $9, m; add.f32 c, $10, m; add.f32 d, $11, m;
-        prmt.b32 a, a, b, 0x5140; prmt.b32 c, c, d, 0x5140; prmt.b32 $2, a, c, 0x5410; prmt.b32 $3, a, c, 0x7632;}""",
-        "=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f",
-        [first[0], first[1], first[2], first[3], second[0], second[1], second[2], second[3]],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        add.f32 a, $1, m; add.f32 b, $2, m; add.f32 c, $3, m; add.f32 d, $4, m;
+        prmt.b32 a, a, b, 0x5140; prmt.b32 c, c, d, 0x5140;
+        prmt.b32 b, a, c, 0x5410; prmt.b32 d, a, c, 0x7632; mov.b64 $0, {b, d};}""",
+        "=l,f,f,f,f", [four[0], four[1], four[2], four[3]], dtype=tl.int64, is_pure=True, pack=1,
     )  # fmt: skip
 
 
@@ -197,7 +168,7 @@ def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.conste
     elif PER == 4:
         low = _split4(value)
         if NATIVE == QUICK:
-            out = _halves(low)
+            out = (_halves(low),)
         elif ROUND:
             out = _e4m3(tl.sum(_rounded(value, KIND, NATIVE) << (8 * j)[None, :], axis=1))
         else:
@@ -210,7 +181,10 @@ def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.conste
             most = tl.maximum(tl.max(tl.reshape(most, [W // 4, 4]), axis=1), LEAST)
             added = most * (1 / 32512)
             unit = tl.reshape(tl.broadcast_to((32512 / most)[:, None], [W // 4, 4]), [W])[:, None]
-            out = _bytes(_split4(value * unit), _split4(high * unit), KIND)
+            low, high = _split4(value * unit), _split4(high * unit)
+            if KIND == "int4":  # even columns lie in the low halves of bytes
+                low, high = (low[0], low[2], high[0], high[2]), (low[1], low[3], high[1], high[3])
+            out = (_bytes(low), _bytes(high))  # type: ignore[assignment]
         else:
             added = tl.sum(value + high, axis=1) * 2.0**-66
             low = _split4(value * _places(j, KIND)[None, :])
@@ -221,20 +195,20 @@ def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.conste
 
 def _four_words(kind: str) -> str:
     """PTX: $0 = four words of a weight ($1 to $4) times their columns ($5 on), as `_halves` and `_bytes` leave them. Of
-    int4 16 times the numbers are bytes; of e2m1 12 more than twice the numbers, $21 takes back."""
+    int4 16 times the numbers are bytes; of e2m1 12 more than twice the numbers, $13 takes back."""
     if kind == "e4m3":
-        lines = ["{.reg .b16 a, b; .reg .b32 p, q; .reg .f32 u;"]
+        lines = ["{.reg .b16 a, b; .reg .b32 p, q, x, y; .reg .f32 u; mov.b32 p, 0;"]
         for i in range(4):
-            take = f"mov.b32 {{a, b}}, ${1 + i}; cvt.rn.f16x2.e4m3x2 q, a; "
-            take += f"fma.rn.f16x2 p, q, ${5 + 2 * i}, p; " if i else f"mul.rn.f16x2 p, q, ${5 + 2 * i}; "
-            lines.append(f"{take} cvt.rn.f16x2.e4m3x2 q, b; fma.rn.f16x2 p, q, ${6 + 2 * i}, p;")
+            lines.append(f"mov.b32 {{a, b}}, ${1 + i}; mov.b64 {{x, y}}, ${5 + i};")
+            for word, pair in ("ax", "by"):
+                lines.append(f"cvt.rn.f16x2.e4m3x2 q, {word}; fma.rn.f16x2 p, q, {pair}, p;")
         return "\n".join([*lines, "mov.b32 {a, b}, p; cvt.f32.f16 u, a; cvt.f32.f16 $0, b; add.f32 $0, $0, u;}"])
-    lines = ["{.reg .b32 a, b, c, l, h, s, t, v; mov.b32 c, 0x88888888; mov.b32 h, 0;"]
+    lines = ["{.reg .b32 a, b, c, l, h, s, t, v, x, y; mov.b32 c, 0x88888888; mov.b32 h, 0;"]
     if kind == "int4":
         lines.append("mov.b32 l, 0;")
         take = "shl.b32 a, {w}, 4; lop3.b32 a, a, c, 0xF0F0F0F0, 0x28; lop3.b32 b, {w}, c, 0xF0F0F0F0, 0x28;"
     else:
-        lines.append("mov.b32 l, $21; mov.b32 s, 0x03020100; mov.b32 t, 0x0C080604;")
+        lines.append("mov.b32 l, $13; mov.b32 s, 0x03020100; mov.b32 t, 0x0C080604;")
         # A byte permutation looks up four of eight bytes; bit 3 of an index, the sign, makes it 0.
         take = "xor.b32 v, {w}, c; prmt.b32 a, s, t, {w}; prmt.b32 b, s, t, v; sub.s32 a, a, b; "
         take += "add.s32 a, a, 0x0C0C0C0C; shr.u32 b, {w}, 16; shr.u32 v, v, 16; prmt.b32 b, s, t, b; "
@@ -243,8 +217,8 @@ def _four_words(kind: str) -> str:
     for i in range(4):
         lines.append(take.format(w=f"${1 + i}"))
         for j, number in enumerate("ab"):
-            lines.append(f"dp4a.{sign}.u32 l, {number}, ${5 + 4 * i + 2 * j}, l; ")
-            lines.append(f"dp4a.{sign}.s32 h, {number}, ${6 + 4 * i + 2 * j}, h;")
+            lines.append(f"mov.b64 {{x, y}}, ${5 + 2 * i + j}; dp4a.{sign}.u32 l, {number}, x, l; ")
+            lines.append(f"dp4a.{sign}.s32 h, {number}, y, h;")
     return "\n".join([*lines, "mad.lo.s32 l, h, 256, l; cvt.rn.f32.s32 $0, l;}"])
 
 
@@ -253,13 +227,13 @@ _E4M3_WORDS, _INT4_WORDS, _E2M1_WORDS = (tl.constexpr(_four_words(kind)) for kin
 
 @triton.jit
 def _twelve(x):
-    """-12 Σ of the columns that four words meet, which `_bytes` left as these sixteen."""
-    total = x[0] * 0
+    """-12 Σ of the columns that four words meet, which `_bytes` left as these eight."""
+    total = tl.zeros(x[0].shape, tl.int32)
     for i in tl.static_range(8):
         total = tl.inline_asm_elementwise(
-            "{.reg .b32 c, h; mov.b32 c, 0xF4F4F4F4; dp4a.s32.s32 h, c, $2, 0; mad.lo.s32 h, h, 256, $3; "
-            "dp4a.s32.u32 $0, c, $1, h;}",
-            "=r,r,r,r", [x[2 * i], x[2 * i + 1], total], dtype=tl.int32, is_pure=True, pack=1,
+            """{.reg .b32 c, h, x, y; mov.b32 c, 0xF4F4F4F4; mov.b64 {x, y}, $1; mov.b32 h, 0;
+            dp4a.s32.s32 h, c, y, h; mad.lo.s32 h, h, 256, $2; dp4a.s32.u32 $0, c, x, h;}""",
+            "=r,l,r", [x[i], total], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     return total
 
@@ -274,22 +248,23 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
     b, d = tl.split(odd)
     four = (a, b, c, d)
     total = tl.zeros([tile.shape[0], FOUR], tl.int32 if KIND == "int8" else tl.float32)
+    mine = ()
+    for j in tl.static_range(len(factors)):
+        mine += (_split4(tl.reshape(factors[j], [FOUR, 4])),)  # type: ignore[assignment]
     if NATIVE == QUICK:
-        mine = _by_word(factors)
+        operands, columns = four, ()
+        for i in tl.static_range(4):
+            for j in tl.static_range(len(factors)):
+                columns += (mine[j][i],)  # type: ignore[assignment,misc]
+                operands += (mine[j][i][None, :],)  # type: ignore[assignment,misc]
+        FORM: tl.constexpr = "=f,r,r,r,r" + ",l,l,l,l" * len(factors) + (",r" if KIND == "e2m1" else "")
         if KIND == "e2m1":
-            mine += (_twelve(mine),)
-        operands = four
-        for i in tl.static_range(len(mine)):
-            operands += (mine[i][None, :],)  # type: ignore[assignment]
+            operands += (_twelve(columns)[None, :],)  # type: ignore[assignment]
         TEXT: tl.constexpr = _E4M3_WORDS if KIND == "e4m3" else _INT4_WORDS if KIND == "int4" else _E2M1_WORDS
-        REGISTERS: tl.constexpr = "=f" + ",r" * len(operands)
-        total = tl.inline_asm_elementwise(TEXT, REGISTERS, operands, dtype=tl.float32, is_pure=True, pack=1)
+        total = tl.inline_asm_elementwise(TEXT, FORM, operands, dtype=tl.float32, is_pure=True, pack=1)
         if KIND != "e4m3":
             total *= added[None, :]
     else:
-        mine = ()
-        for j in tl.static_range(len(factors)):
-            mine += (_split4(tl.reshape(factors[j], [FOUR, 4])),)  # type: ignore[assignment]
         for i in tl.static_range(4):
             if KIND == "int8":
                 x = mine[0][i][None, :]  # type: ignore[misc]
@@ -336,17 +311,29 @@ def row_scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.cons
 
 
 @triton.jit
-def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr):
+def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr):
     """max |x (1 + n)| over the columns of a token."""
     BLOCK: tl.constexpr = 4096 if K > 2048 and not NORM else 2048 if K > 1024 else 1024
-    c = tl.arange(0, BLOCK)
-    top = tl.zeros([BLOCK], tl.float32)
-    for k in tl.range(0, K, BLOCK):
-        value = tl.load(x + k + c, mask=k + c < K, other=0.0).to(tl.float32)
-        if NORM:
-            value += value * tl.load(norm + k + c, mask=k + c < K, other=0.0)
-        top = tl.maximum(top, tl.abs(value))
-    return tl.maximum(tl.max(top), LEAST)
+    if NATIVE > 0 and not NORM and x.dtype.element_ty == tl.bfloat16 and K % 2 == 0:
+        pair = tl.arange(0, BLOCK // 2)
+        pairs = tl.zeros([BLOCK // 2], tl.int32)
+        for k in tl.range(0, K // 2, BLOCK // 2):
+            two = tl.load(x.to(tl.pointer_type(tl.int32)) + k + pair, mask=k + pair < K // 2, other=0)
+            pairs = tl.inline_asm_elementwise(
+                "{.reg .b32 t; and.b32 t, $2, 0x7FFF7FFF; max.bf16x2 $0, $1, t;}", "=r,r,r", [pairs, two],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        most = tl.max(tl.maximum(pairs & -65536, pairs << 16)).to(tl.float32, bitcast=True)
+    else:
+        c = tl.arange(0, BLOCK)
+        top = tl.zeros([BLOCK], tl.float32)
+        for k in tl.range(0, K, BLOCK):
+            value = tl.load(x + k + c, mask=k + c < K, other=0.0).to(tl.float32)
+            if NORM:
+                value += value * tl.load(norm + k + c, mask=k + c < K, other=0.0)
+            top = tl.maximum(top, tl.abs(value))
+        most = tl.max(top)
+    return tl.maximum(most, LEAST)
 
 
 @triton.jit
@@ -407,19 +394,39 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
 
 
 @triton.jit
-def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
-         GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
-         ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
-         NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is busy while the
-    largest x is looked for."""
+def _plain(w, x, norm, y, eps, first, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, pdl: tl.constexpr):
+    """Two results of the one token, by rows that are not quantized."""
+    n = first + tl.arange(0, 2)
+    c = tl.arange(0, 1024)
+    total = tl.zeros([2, 1024], tl.float32)
+    squares = tl.zeros([1024], tl.float32)
+    wait_for_inputs(pdl)
+    for k in tl.range(0, K, 1024):
+        value = tl.load(x + k + c, mask=k + c < K, other=0.0).to(tl.float32)
+        if NORM:
+            squares += value * value
+            value += value * tl.load(norm + k + c, mask=k + c < K, other=0.0)
+        row = tl.load(w + n[:, None] * K + (k + c)[None, :], mask=(n < N)[:, None] & (k + c < K)[None, :], other=0.0)
+        total += row.to(tl.float32) * value[None, :]
+    release_next(pdl)
+    out = tl.sum(total, axis=1)
+    if NORM:
+        out *= 1.0 / tl.sqrt(tl.sum(squares) / K + eps)
+    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _rows(program, w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+          GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
+          ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
+          NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER
     G: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
     FULL: tl.constexpr = N % ROWS == 0
     EVEN: tl.constexpr = FULL and K % COLUMNS == 0
-    first = tl.program_id(0) * ROWS
+    first = program * ROWS
     n = first + tl.arange(0, ROWS)
     rows = n < N
     at = w.to(tl.pointer_type(tl.int32)) + (n.to(tl.int64)[:, None] * WIDTH + tl.arange(0, W)[None, :])
@@ -437,7 +444,7 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
     wait_for_inputs(pdl)
     if RESIDUAL:
         before = tl.load(residual + n, mask=rows, other=0.0).to(tl.float32)
-    top = largest(x, norm, K, NORM) if LARGEST > 0 else 1.0
+    top = largest(x, norm, K, NORM, NATIVE) if LARGEST > 0 else 1.0
     out, up, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
                                      rows, K, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
     release_next(pdl)
@@ -450,6 +457,21 @@ def _one(w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr,
     if RESIDUAL:
         out += before
     tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _one(w, scales, plain, x, norm, residual, y, eps, N: tl.constexpr, PLAIN: tl.constexpr, K: tl.constexpr,
+         KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
+         ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
+         NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is busy while the
+    largest x is looked for. The first programs have the PLAIN results that follow, by rows that are not quantized."""
+    FIRST: tl.constexpr = (PLAIN + 1) // 2
+    if tl.program_id(0) < FIRST:
+        _plain(plain, x, norm, y + N, eps, tl.program_id(0) * 2, PLAIN, K, NORM, pdl)
+    else:
+        _rows(tl.program_id(0) - FIRST, w, scales, x, norm, residual, y, eps, N, K, KIND, GROUP, SHARING, LARGEST,
+              NATIVE, ROWS, COLUMNS, THREADS, PREFETCH, GATED, NORM, RESIDUAL, pdl)  # fmt: skip
 
 
 @triton.jit
@@ -712,10 +734,10 @@ def prepare(x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: 
 
 def quantized(
     x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: float, gated: bool,
-    residual_MN: torch.Tensor | None, y_MN: torch.Tensor,
+    residual_MN: torch.Tensor | None, y_MN: torch.Tensor, plain_PK: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`linear` into y, whose rows may be strided."""
-    (M, K), N = x_MK.shape, y_MN.shape[1]
+    """`linear` into y, whose rows may be strided. `plain_PK`: rows of the weight that follow, not quantized."""
+    (M, K), N, P = x_MK.shape, w.shape[0] // (1 + gated), 0 if plain_PK is None else len(plain_PK)
     how, values, most = form(w), w.values.view(torch.uint8), largest_of(w)
     key = {"N": N, "K": K, "gated": int(gated), "bits": w.scheme.bits, "group": w.scheme.group,
            "e4m3": int(how["KIND"] == "e4m3")}
@@ -724,20 +746,25 @@ def quantized(
     residual = x_MK if residual_MN is None else residual_MN
     if w.scheme.bits == 4 and K % 4:
         w_JK = dequantize(w, w.dtype)
-        y_MN.copy_(linear(x_MK=x_MK, w_JK=w_JK, norm_K=norm_K, eps=eps, gated=gated, residual_MN=residual_MN))
+        whole = w_JK if plain_PK is None else (w_JK, plain_PK)
+        y_MN.copy_(linear(x_MK=x_MK, w_JK=whole, norm_K=norm_K, eps=eps, gated=gated, residual_MN=residual_MN))
         return
     found = parameters("quantized.one", x_MK, **key) if M == 1 and K * w.scheme.bits % 32 == 0 else {"rows": 0}
     if found["rows"]:
         rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, power_of_2(K)))
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
-            _one, (cdiv(N, rows),), values, w.scales, x_MK, x_MK if norm_K is None else norm_K, residual, y_MN,
-            eps, NORM=norm_K is not None, ROWS=rows, COLUMNS=columns, THREADS=32 * found["num_warps"],
-            PREFETCH=prefetch, **by_token(w), **shared, **found,
+            _one, (cdiv(P, 2) + cdiv(N, rows),), values, w.scales, x_MK if plain_PK is None else plain_PK, x_MK,
+            x_MK if norm_K is None else norm_K, residual, y_MN, eps, PLAIN=P, NORM=norm_K is not None, ROWS=rows,
+            COLUMNS=columns, THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared, **found,
         )  # fmt: skip
         return
     found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
-    q_MK, x_scales = prepare(x_MK, w, norm_K, eps)
+    h_MK = x_MK if plain_PK is None else torch.empty((M, K), dtype=w.dtype, device=x_MK.device)
+    q_MK, x_scales = prepare(x_MK, w, norm_K, eps, None if plain_PK is None else h_MK)
+    if plain_PK is not None:
+        linear_into(y_MN[:, N:], h_MK, plain_PK, None, 0.0)
+    y_MN = y_MN[:, :N]
     rows, per_core, depth = found.pop("rows"), found.pop("per_core"), found.pop("depth")
     valid = _fitting(N, rows // (1 + gated), per_core * target.cores)
     tokens = max(found.pop("tokens"), min(64, power_of_2(M)) if M <= FEW else 0)
