@@ -60,7 +60,7 @@ class Runner:
     def compile(self, max_rows: int, drafts: int, max_tokens: int, workers: int) -> None:
         """Compiles all kernels that steps of up to `max_rows` decode rows and `max_tokens` tokens need, `workers` at a
         time, so that none is compiled on a request; what Triton's cache has is not compiled again. Then runs a short
-        prompt, twice, so that the first request is not the one to load libraries and fill caches.
+        prompt some times, so that the first request is not the one to load libraries and fill caches.
 
         Kernels have other forms for other buckets of rows and tokens, and some for numbers that 16 divides."""
         from tritium.ops.kernels.launch import compiled_ahead
@@ -73,7 +73,7 @@ class Runner:
         with compiled_ahead(workers):
             for lengths in steps:
                 self._walk(lengths, max_rows * tokens[-1])
-        for _ in range(2):
+        for _ in range(8):
             self._walk(_PROMPTS[1:2], 1, range(len(self.model.layers)))
 
     @torch.inference_mode()

@@ -169,7 +169,7 @@ def one(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.T
     logits = x_TH.new_empty(logits_stride(E))
     inner, inner_shared = x_TH.new_empty(k, I, dtype=down_EHI.dtype), x_TH.new_empty(S, dtype=down_EHI.dtype)
     y_TH = torch.empty_like(x_TH)
-    bits = down_EHI.scheme.bits
+    bits, e4m3 = down_EHI.scheme.bits, int(down_EHI.scheme.values == torch.float8_e4m3fn)
     how = by_token(down_EHI)
 
     route = parameters("quantized.route1", x_TH, H=H, bits=bits)
@@ -179,12 +179,12 @@ def one(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.T
            H=H, E=E, S=S, **form(shared_gate_up_SH), **how, **route)  # fmt: skip
 
     choice = {"E": E, "K": k, "I": I, "H": H, "STRIDE": len(logits), "LANES": lanes, "PARTS": parts}
-    up = parameters("quantized.up1", x_TH, H=H, I=I, bits=bits)
+    up = parameters("quantized.up1", x_TH, H=H, I=I, bits=bits, e4m3=e4m3)
     _narrowed(up, H)
     launch(_up_one, (k * cdiv(I, up["ROWS"]),), x_TH, norm_H, logits, *_stored(gate_up_EJH), inner, eps,
            COPIES=up["num_warps"], **form(gate_up_EJH), **how, **choice, **up)  # fmt: skip
 
-    down = parameters("quantized.down1", x_TH, H=H, I=I, bits=bits)
+    down = parameters("quantized.down1", x_TH, H=H, I=I, bits=bits, e4m3=e4m3)
     launch(_down_one, (cdiv(H, down["ROWS"]),), x_TH, logits, *_stored(down_EHI), *_stored(shared_down_HS),
            inner, inner_shared, y_TH, S=S, RANKS=power_of_2(k), BLOCK=max(64, power_of_2(I)),
            BLOCK_S=max(64, power_of_2(S)), GROUP_S=form(shared_down_HS)["GROUP"], COPIES=down["num_warps"],

@@ -14,6 +14,7 @@ first.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from tritium.ops.kernels.norm import rms_norm
 from tritium.ops.quantized import LARGEST, Quantized, dequantize
 
 _KINDS = {"int8": "int8", "fp8": "e4m3", "fp8-block": "e4m3", "int4": "int4", "mxfp4": "e2m1"}
+_COUNTS = 1 << 14
+"""The most blocks of results whose columns are split between programs."""
 LEAST = tl.constexpr(1e-30)
 """Stands in for the largest magnitude of a token of zeros."""
 QUICK = tl.constexpr(2)
@@ -617,14 +620,15 @@ def tile_product(w, scales, x, x_scales, row, taken, x_row, first, end, K: tl.co
 
 
 @triton.jit(do_not_specialize=["M"])
-def _tile(w, scales, x, x_scales, residual, y, M, N: tl.constexpr, K: tl.constexpr, Y: tl.constexpr,
+def _tile(w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.constexpr, K: tl.constexpr, Y: tl.constexpr,
           KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, PACKED: tl.constexpr,
           PRECISION: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
           BAND: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, EACH: tl.constexpr,
           GATED: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """VALID results of TOKENS tokens, from ROWS rows of the weight (gated: one half gate, the other up). Programs go
     through BAND blocks of results for each block of tokens, so that what they read is still in the L2 cache. PREFETCH
-    tiles go there while x is prepared. EACH: columns of a program, whose sums come in parts [.., M, N] then; 0: all."""
+    tiles go there while x is prepared. EACH: columns of a program; 0: all. Sums then are parts [.., M, N], which the
+    last of a block's programs adds up, in their order; it knows itself by a count `seen`, and sets it back."""
     OUT: tl.constexpr = ROWS // 2 if GATED else ROWS
     FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
     blocks: tl.constexpr = (N + VALID - 1) // VALID
@@ -654,31 +658,24 @@ def _tile(w, scales, x, x_scales, residual, y, M, N: tl.constexpr, K: tl.constex
     total = tile_product(w, scales, x, x_scales, row, taken, tl.minimum(m, M - 1), left, right, K, DEPTH, KIND, GROUP,
                          SHARING, ROUND, FULL, PACKED, PRECISION, STAGES)  # fmt: skip
     release_next(pdl)
-    if EACH:
-        y += tl.program_id(1).to(tl.int64) * M * Y
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, TOKENS]), [1, 2, 0]))
         total = silu(gate) * up
+    spot = m.to(tl.int64)[None, :] * N + n[:, None]
+    if EACH:
+        PARTS: tl.constexpr = (K + EACH - 1) // EACH
+        tl.store(parts + tl.program_id(1).to(tl.int64) * M * N + spot, total, mask=kept)
+        tl.debug_barrier()  # all of a program's part is there before it counts
+        if tl.atomic_add(seen + tl.program_id(0), 1, sem="acq_rel") == PARTS - 1:
+            total = tl.zeros([OUT, TOKENS], tl.float32)
+            for i in tl.static_range(PARTS):
+                total += tl.load(parts + i * M.to(tl.int64) * N + spot, mask=kept, other=0.0, cache_modifier=".cg")
+            tl.store(seen + tl.program_id(0), 0)
+        else:
+            kept = kept & False
     if RESIDUAL:
-        total += tl.load(residual + m.to(tl.int64)[None, :] * N + n[:, None], mask=kept, other=0.0).to(tl.float32)
+        total += tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
     tl.store(y + m.to(tl.int64)[None, :] * Y + n[:, None], total.to(y.dtype.element_ty), mask=kept)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _sum(parts, residual, y, M, N: tl.constexpr, Y: tl.constexpr, PARTS: tl.constexpr, RESIDUAL: tl.constexpr,
-         BLOCK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """BLOCK results of a token from their parts [PARTS, M, N]."""
-    m = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    if RESIDUAL:
-        total += tl.load(residual + m * N + n, mask=n < N, other=0.0).to(tl.float32)
-    wait_for_inputs(pdl)
-    product = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(PARTS):
-        product += tl.load(parts + (i * M + m) * N + n, mask=n < N, other=0.0)
-    release_next(pdl)
-    tl.store(y + m * Y + n, (total + product).to(y.dtype.element_ty), mask=n < N)
 
 
 def native(target: Target) -> bool:
@@ -771,22 +768,22 @@ def quantized(
     prefetch, splits = found.pop("prefetch", 0) * (found["pdl"] > 0), found.pop("splits", 1)
     if gated or how["KIND"] == "int8":  # whose sums of integers no order changes
         splits = 1
-    depth, parts_PMN = depth_of(w, depth), y_MN
-    each = cdiv(cdiv(K, depth), splits) * depth % (cdiv(K, depth) * depth)
-    if each:
-        splits = cdiv(K, each)
-        parts_PMN = torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device)
-        shared["RESIDUAL"] = False
+    depth, programs = depth_of(w, depth), cdiv(N, valid) * cdiv(M, tokens)
+    each = cdiv(cdiv(K, depth), splits) * depth % (cdiv(K, depth) * depth) if programs <= _COUNTS else 0
+    splits = cdiv(K, each) if each else 1
+    parts_PMN = torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device) if each else y_MN
     launch(
-        _tile, (cdiv(N, valid) * cdiv(M, tokens), splits if each else 1), values, w.scales, q_MK,
-        x_scales, residual, parts_PMN, M, Y=parts_PMN.stride(-2), ROUND=most > 0, PACKED=packed(target),
-        PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens, DEPTH=depth, BAND=found.pop("band"),
-        STAGES=found["num_stages"], THREADS=32 * found["num_warps"], PREFETCH=prefetch, EACH=each, **shared, **found,
+        _tile, (programs, splits), values, w.scales, q_MK, x_scales, residual, y_MN, parts_PMN, _counts(x_MK.device), M,
+        Y=y_MN.stride(0), ROUND=most > 0, PACKED=packed(target), PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens,
+        DEPTH=depth, BAND=found.pop("band"), STAGES=found["num_stages"], THREADS=32 * found["num_warps"],
+        PREFETCH=prefetch, EACH=each, **shared, **found,
     )  # fmt: skip
-    if each:
-        found = parameters("quantized.sum", x_MK, N=N)
-        launch(_sum, (cdiv(N, found["BLOCK"]), M), parts_PMN, residual, y_MN, M, N=N, Y=y_MN.stride(0),
-               PARTS=splits, RESIDUAL=residual_MN is not None, **found)  # fmt: skip
+
+
+@lru_cache
+def _counts(device: torch.device) -> torch.Tensor:
+    """Zeros, as `_tile` leaves them."""
+    return torch.zeros(_COUNTS, dtype=torch.int32, device=device)
 
 
 def depth_of(w: Quantized, depth: int) -> int:
