@@ -668,8 +668,8 @@ def _tile(w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.constexpr, 
         tl.debug_barrier()  # all of a program's part is there before it counts
         if tl.atomic_add(seen + tl.program_id(0), 1, sem="acq_rel") == PARTS - 1:
             total = tl.zeros([OUT, TOKENS], tl.float32)
-            for i in tl.static_range(PARTS):
-                total += tl.load(parts + i * M.to(tl.int64) * N + spot, mask=kept, other=0.0, cache_modifier=".cg")
+            for k in tl.static_range(PARTS):
+                total += tl.load(parts + k * M.to(tl.int64) * N + spot, mask=kept, other=0.0, cache_modifier=".cg")
             tl.store(seen + tl.program_id(0), 0)
         else:
             kept = kept & False
