@@ -38,7 +38,7 @@ from tritium.server.errors import (
     error_response,
     status_of,
 )
-from tritium.server.guard import Guard, PatientProtocol, caller_of
+from tritium.server.guard import Guard, PatientProtocol, caller_of, stamp
 from tritium.server.metrics import Metrics
 from tritium.server.settings import ServerSettings
 from tritium.server.tracing import Tracer
@@ -259,20 +259,19 @@ class Routes:
         """Server-sent events. The status waits for the first event, so that what is refused is refused with 400."""
         writer = pen.writer
         async with aclosing(events):
-            event = await anext(events)
-            await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
-            pen.begun = True
             try:
-                while True:
+                async for event in events:
+                    await pen.begin(send)
                     if text := writer.add(event):
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                     self._metrics.sent(event)
                     if event.timing is not None:
                         _note_times(event, scope)
-                    event = await anext(events)
-            except StopAsyncIteration:
+                await pen.begin(send)
                 last = writer.end()
             except Exception as error:
+                if not pen.begun:
+                    raise
                 self._note_error(error, scope)
                 log.error("an answer failed midway: %s", error)
                 last = error_event(error, scope["path"])
@@ -328,14 +327,25 @@ class Pen:
         self._scope = scope
         self._line: Any = scope.get("tritium.line")
         self._metrics = metrics
+        self._cors = any(name == b"origin" for name, _ in scope["headers"])
+        """Whether the head may need more than is written here."""
+
+    async def begin(self, send: Send) -> None:
+        if not self.begun:
+            await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+            self.begun = True
 
     @property
     def ready(self) -> bool:
-        return self.begun and self._line is not None and self._line.writable
+        return (self.begun or not self._cors) and self._line is not None and self._line.writable
 
     def take(self, event: Event) -> None:
-        if text := self.writer.add(event):
-            self._line.write_chunk(text.encode())
+        text = self.writer.add(event).encode()
+        if not self.begun:
+            self._line.begin([*_SSE_HEADERS, *stamp(caller_of(self._scope), 200, self._metrics)], text)
+            self.begun = True
+        elif text:
+            self._line.write_chunk(text)
         self._metrics.sent(event)
         if event.timing is not None:
             _note_times(event, self._scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions when it is not given, as OpenAI defines it."""
 _COPIED = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
            "repetition_penalty", "min_tokens", "ignore_eos")
+_USAGE = operator.attrgetter(*(field.name for field in dataclasses.fields(Usage)))
 _LOWEST_LOGPROB = -9999.0
 """JSON has no -inf."""
 
@@ -182,7 +184,7 @@ class Tally:
         if (more := event.usage) is not None:
             if event.index % self._n:
                 more = dataclasses.replace(more, prompt_tokens=0, cached_tokens=0)
-            self._usage = Usage(*map(sum, zip(dataclasses.astuple(self._usage), dataclasses.astuple(more))))
+            self._usage = Usage(*map(operator.add, _USAGE(self._usage), _USAGE(more)))
 
     def body(self) -> dict[str, Any]:
         usage = self._usage

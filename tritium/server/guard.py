@@ -8,10 +8,11 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -44,6 +45,12 @@ def caller_of(scope: Scope) -> Caller:
     return caller
 
 
+def stamp(caller: Caller, status: int, metrics: Metrics) -> list[tuple[bytes, bytes]]:
+    """Takes note that an answer begins; -> what every head has."""
+    caller.status = status
+    return [(b"x-request-id", caller.request_id.encode()), *metrics.warning_headers()]
+
+
 class Guard:
     """The outermost layer of the application."""
 
@@ -65,9 +72,7 @@ class Guard:
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                caller.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", caller.request_id.encode()),
-                                      *self._metrics.warning_headers()]
+                message["headers"] = [*message["headers"], *stamp(caller, message["status"], self._metrics)]
             await send(message)
 
         try:
@@ -116,28 +121,46 @@ def _request_id(given: bytes | None) -> str:
 
 class PatientProtocol(H11Protocol):
     """HTTP that hangs up on a client that does not send the head of a request, or does not read, for so long. Requests
-    find it in their scope as "tritium.line", to write pieces of a begun answer past all layers between."""
+    find it in their scope as "tritium.line", to write the pieces of an answer past all layers between."""
 
     patience = 60.0
     _timer: asyncio.TimerHandle | None = None
+    _untold: Sequence[tuple[bytes, bytes]] = ()
+    """The head of an answer that began here and that h11 has not heard of."""
 
     @property
     def writable(self) -> bool:
-        """Whether `write_chunk` may be called: the client reads, and has HTTP of chunks."""
+        """Whether `begin` or `write_chunk` may be called: the client reads, and has HTTP of chunks."""
         cycle = self.cycle
         return not (self.flow.write_paused or cycle.disconnected or cycle.response_complete
                     or cycle.scope["http_version"] != "1.1")
 
+    def begin(self, headers: Sequence[tuple[bytes, bytes]], data: bytes) -> None:
+        """The head of an answer (200) and its first piece, if not empty, in one write. h11 takes longer for a head
+        than all else takes for a token, and the first tokens of many answers come in one step: it is told later."""
+        cycle = self.cycle
+        cycle.response_started, cycle.waiting_for_100_continue = True, False
+        closes = any(name == b"connection" and b"close" in value.lower() for name, value in cycle.scope["headers"])
+        self._untold = [*cycle.default_headers, *headers, *([(b"connection", b"close")] if closes else [])]
+        lines = b"".join(b"%b: %b\r\n" % pair for pair in [*self._untold, (b"transfer-encoding", b"chunked")])
+        self.transport.write(b"HTTP/1.1 200 OK\r\n%b\r\n%b" % (lines, _chunk(data) if data else b""))
+
     def write_chunk(self, data: bytes) -> None:
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.transport.write(_chunk(data))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         app = self.app
 
         async def app_with_line(scope: Scope, receive: Receive, send: Send) -> None:
+            async def sending(message: Message) -> None:
+                if self._untold and not self.cycle.disconnected:
+                    self.conn.send(h11.Response(status_code=200, headers=[*self._untold]))
+                    self._untold = ()
+                await send(message)
+
             scope["tritium.line"] = self
-            await app(scope, receive, send)
+            await app(scope, receive, sending)
 
         self.app = app_with_line
         self._wait(lambda: self.cycle is None)
@@ -166,3 +189,7 @@ class PatientProtocol(H11Protocol):
     def _stop_waiting(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
