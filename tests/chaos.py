@@ -1,4 +1,5 @@
 """Clients of every kind at a server whose engine is killed now and then: `python tests/chaos.py --seconds 600`.
+A tenth of that time goes before, to the embedded model with `--cache-dir` on a disk that fills up under load.
 
 Well-behaved clients count: each of their requests must end in a whole answer, or in an error that says why. The others
 leave midway, never read, or send a byte now and then. At the end the server must hold what it held at the start.
@@ -8,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -34,6 +38,8 @@ class Process:
 
     url: str
     process: subprocess.Popen[str]
+    said: list[str]
+    """Lines on stderr."""
 
     @property
     def engine_pid(self) -> int | None:
@@ -70,11 +76,53 @@ def server_process(*command: str) -> Iterator[Process]:
                 break
         else:
             raise AssertionError(f"the server did not start: {''.join(said)}")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield Process(found[1], process)
+        threading.Thread(target=said.extend, args=(process.stderr,), daemon=True).start()
+        yield Process(found[1], process, said)
     finally:
         process.kill()
         process.wait()
+
+
+@dataclass
+class Disk:
+    """Where an engine saves its cache: a file system of its own, or, where none may be mounted, a directory to which it
+    may write nothing large while that is "full"."""
+
+    directory: Path
+    mounted: bool
+
+    @classmethod
+    @contextmanager
+    def small(cls) -> Iterator[Disk]:
+        with tempfile.TemporaryDirectory() as place:
+            mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", place], capture_output=True)
+            try:
+                yield cls(Path(place), mount.returncode == 0)
+            finally:
+                if mount.returncode == 0:
+                    subprocess.run(["umount", "-l", place], check=True)
+
+    @property
+    def complaint(self) -> str:
+        return "cannot be written: " + ("No space left on device" if self.mounted else "File too large")
+
+    def fill(self, server: Process) -> None:
+        if not self.mounted:
+            _limit_files(server, 4096)
+            return
+        with suppress(OSError), (self.directory / "ballast").open("wb", buffering=0) as ballast:
+            while ballast.write(bytes(4096)):
+                pass
+
+    def make_room(self, server: Process) -> None:
+        if not self.mounted:
+            _limit_files(server, resource.RLIM_INFINITY)
+        (self.directory / "ballast").unlink(missing_ok=True)
+
+
+def _limit_files(server: Process, size: int) -> None:
+    assert server.engine_pid is not None
+    resource.prlimit(server.engine_pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @dataclass
@@ -85,12 +133,15 @@ class Outcome:
     ends: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     """Neither an answer nor an error in words."""
-    slowest_after_kill: float = 0.0
+    saves: list[tuple[str, str]] = field(default_factory=list)
+    """Whether the disk was full, and what came of saving the cache."""
 
 
 class Chaos:
-    def __init__(self, server: Process, *, seconds: float, kill_every: float, seed: int) -> None:
+    def __init__(self, server: Process, *, seconds: float, kill_every: float = math.inf, seed: int,
+                 disk: Disk | None = None) -> None:
         self._server = server
+        self._disk = disk
         self._random = random.Random(seed)
         self._seconds, self._kill_every = seconds, kill_every
         self._end = 0.0
@@ -102,10 +153,12 @@ class Chaos:
     async def run(self) -> None:
         self._end = time.monotonic() + self._seconds
         kinds = [self._polite] * 24 + [self._leaver] * 6 + [self._deaf] * 2 + [self._dribbler] * 2 + [self._garbler]
+        if self._disk is not None:  # for a model that computes
+            kinds = [self._polite] * 8 + [self._leaver] * 4
         async with httpx.AsyncClient(base_url=self._server.url, timeout=60, limits=httpx.Limits(
                 max_connections=None, max_keepalive_connections=8)) as http:
             jobs = [self._repeat(kind, http, self._random.randrange(2**32)) for kind in kinds]
-            await asyncio.gather(self._killer(), *jobs)
+            await asyncio.gather(self._killer(), self._saver(http), *jobs)
 
     async def _repeat(self, kind, http: httpx.AsyncClient, seed: int) -> None:
         rng = random.Random(seed)
@@ -119,10 +172,23 @@ class Chaos:
                 os.kill(pid, signal.SIGKILL)
                 self.kills += 1
 
+    async def _saver(self, http: httpx.AsyncClient) -> None:
+        """Saves the cache again and again to a disk with room, a full one, and one with room again."""
+        if (disk := self._disk) is None:
+            return
+        for state in ("room", "full", "room again"):
+            await asyncio.to_thread(disk.fill if state == "full" else disk.make_room, self._server)
+            end = time.monotonic() + self._seconds / 3
+            while time.monotonic() < end:
+                answer = await http.post("/cache/save", json={})
+                saved = answer.status_code == 200
+                self.outcome.saves.append((state, "saved" if saved else answer.json()["error"]["message"]))
+                await asyncio.sleep(0.1)
+
     async def _polite(self, http: httpx.AsyncClient, rng: random.Random) -> None:
         outcome, budget = self.outcome, rng.choice((5, 30, 150))
         body = {"prompt": "x" * rng.randrange(1, 300), "max_tokens": budget, "stream": rng.random() < 0.7,
-                "n": rng.choice((1, 1, 1, 3))}
+                "n": rng.choice((1, 1, 1, 3)), "ignore_eos": True}
         outcome.asked += 1
         try:
             answer = await http.post("/v1/completions", json=body)
@@ -212,11 +278,47 @@ def warm_up(server: Process) -> dict[str, float]:
     return held(server)
 
 
+def fill_a_disk(seconds: float, seed: int) -> Outcome:
+    """`tritium serve` with `--cache-dir` on a disk that fills up while clients come and go, has room again,
+    and is full when the server ends. -> what the clients saw. Raises `AssertionError`."""
+    main = "from tritium.cli.main import main; main()"
+    with Disk.small() as disk, server_process(
+            "-c", main, "serve", "tritium-dense", "--port=0", "--max-num-seqs=16", "--max-model-len=4096",
+            "--num-checkpoints=16", "--num-gpu-blocks-override=128", "--swap-space=0",  # files of at most 26 MiB
+            f"--cache-dir={disk.directory}") as server:
+        before, resident = warm_up(server), server.resident_mib()
+        chaos = Chaos(server, seconds=seconds, seed=seed, disk=disk)
+        asyncio.run(chaos.run())
+        outcome = chaos.outcome
+        assert not outcome.lost, outcome.lost[:5]
+        assert len({state for state, _ in outcome.saves}) == 3
+        assert outcome.asked == outcome.ends["streamed"] + outcome.ends["whole"]
+        for state in ("room", "full", "room again"):
+            expected = disk.complaint if state == "full" else "saved"
+            assert all(expected in end for when, end in outcome.saves if when == state), outcome.saves
+        refused = sum(state == "full" for state, _ in outcome.saves)
+        assert server.metrics()['tritium_errors_total{kind="cache_file"}'] == refused
+        assert settle(server, before) == before
+        assert server.resident_mib() - resident < 0.1 * resident + 4
+        kept = (disk.directory / "cache.safetensors").read_bytes()
+        disk.fill(server)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(30)
+        assert (disk.directory / "cache.safetensors").read_bytes() == kept
+        assert sorted(path.name for path in disk.directory.iterdir()) in (
+            ["ballast", "cache.safetensors"], ["cache.safetensors"])
+    assert sum("/cache/save" in line and disk.complaint in line for line in server.said) == refused
+    assert any("the prefix cache is not saved: " in line and disk.complaint in line for line in server.said)
+    return outcome
+
+
 @click.command(help=__doc__)
 @click.option("--seconds", default=600.0, show_default=True)
 @click.option("--kill-every", default=20.0, show_default=True, help="Seconds between kills of the engine.")
 @click.option("--seed", default=0, show_default=True)
 def main(seconds: float, kill_every: float, seed: int) -> None:
+    full = fill_a_disk(seconds / 10, seed)
+    print(json.dumps({"asked": full.asked, "ends": full.ends, "saves": Counter(state for state, _ in full.saves)}))
     with server_process(str(HERE / "scripted_server.py"), "rambler") as server:
         before = warm_up(server)
         first = Chaos(server, seconds=min(30.0, seconds), kill_every=kill_every, seed=seed + 1)

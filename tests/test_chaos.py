@@ -1,4 +1,4 @@
-"""A short storm (the long one is `make soak`), and signals under load."""
+"""Short storms (the long ones are `make soak`), and signals under load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import httpx
-from chaos import HERE, Chaos, server_process, settle, warm_up
+import pytest
+from chaos import HERE, Chaos, fill_a_disk, server_process, settle, warm_up
 
 SERVER = str(HERE / "scripted_server.py")
 
@@ -24,6 +25,12 @@ def test_nothing_is_lost_and_nothing_leaks(seed):
         assert chaos.kills == 2
         assert min(outcome.ends["streamed"], outcome.ends["whole"], outcome.ends["503"]) > 0
         assert settle(server, before) == before
+
+
+def test_a_disk_that_fills_up_under_load_costs_no_request_and_no_old_file(seed):
+    if not (HERE.parent / "tritium" / "embedded" / "dense" / "model.safetensors").is_file():
+        pytest.skip("the embedded model is not in this checkout")
+    fill_a_disk(1.5, seed)
 
 
 def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves():
