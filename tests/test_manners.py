@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
 import random
@@ -265,6 +266,29 @@ def test_web_pages_are_kept_out_unless_told():
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
         other = httpx.options(f"{server.url}/v1/chat/completions", headers=headers | {"origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+        stream = httpx.post(f"{server.url}/v1/chat/completions", json=BODY | {"stream": True},
+                            headers={"origin": "https://a.example", "authorization": "Bearer k"})
+        assert stream.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.parametrize("more", [{}, {"Connection": "close"}, {"Connection": "TE, Close"}])
+def test_a_stream_begins_as_h11_would_have_it_and_its_connection_lives_on(more):
+    """The head of a stream is not h11's, except for a web page's."""
+    def ask(connection: http.client.HTTPConnection, **headers: str) -> tuple[dict[str, str], str]:
+        body = json.dumps({"prompt": "x", "max_tokens": 5, "seed": 1, "stream": True})
+        connection.request("POST", "/v1/completions", body, {"x-request-id": "mine", **more, **headers})
+        answer = connection.getresponse()
+        assert (answer.status, answer.version) == (200, 11)
+        *events, last = answer.read().decode().removesuffix("\n\n").split("\n\n")
+        assert last == "data: [DONE]"
+        text = "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events)
+        return {name.lower(): value for name, value in answer.getheaders() if name != "date"}, text
+
+    with served(rambles(step_seconds=0.005)) as server:
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+        own, page, again = ask(connection), ask(connection, origin="http://page"), ask(connection)
+    assert own == page == again
+    assert own[0]["x-request-id"] == "mine"
 
 
 def test_request_ids_and_a_line_of_json_for_each_request(caplog):
