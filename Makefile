@@ -15,7 +15,7 @@ help:
 	@echo "make demo    ask the embedded model a word problem: its thinking, the answer, the speed"
 	@echo "make test    everything: make check, then the tests (WORKERS=$(WORKERS), PYTEST_ARGS=...)"
 	@echo "make check   lint, types, layers, size"
-	@echo "make soak    ten minutes of every kind of client at a server whose engine is killed now and then"
+	@echo "make soak    ten minutes of every kind of client at a server whose engine is killed now and then, and at a full disk"
 	@echo "make fuzz    2,000 and more requests made from the server's OpenAPI document"
 	@echo "make identities  8,000 requests in all combinations of cache, drafts, batching and loop (minutes)"
 	@echo "make schemas all JSON schemas through the embedded model (minutes)"

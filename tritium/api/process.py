@@ -239,7 +239,8 @@ def main(descriptor: int) -> None:
 
 def _hear(connection: Connection, commands: queue.SimpleQueue[Command]) -> None:
     try:
-        while True:
+        # Not in `recv` alone: what waits there is woken by each report that the parent reads, too, and on its core.
+        while connection.poll(None):
             commands.put(connection.recv())
     except (EOFError, OSError):
         os._exit(0)  # nobody is left to serve; the engine may be in the middle of a long step
