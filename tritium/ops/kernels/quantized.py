@@ -619,12 +619,29 @@ def tile_product(w, scales, x, x_scales, row, taken, x_row, first, end, K: tl.co
     return total
 
 
-@triton.jit(do_not_specialize=["M"])
-def _tile(w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.constexpr, K: tl.constexpr, Y: tl.constexpr,
-          KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr, PACKED: tl.constexpr,
-          PRECISION: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-          BAND: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, EACH: tl.constexpr,
-          GATED: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+@triton.jit
+def _plain_tile(w, x, y, first, M, N: tl.constexpr, K: tl.constexpr, Y: tl.constexpr, TOKENS: tl.constexpr,
+                PRECISION: tl.constexpr, STAGES: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """Sixteen results of at most TOKENS tokens, by rows that are not quantized."""
+    n, m, c = first + tl.arange(0, 16), tl.arange(0, TOKENS), tl.arange(0, 128)
+    total = tl.zeros([16, TOKENS], tl.float32)
+    wait_for_inputs(pdl)
+    for k in tl.range(0, K, 128, num_stages=STAGES):
+        there = (k + c < K)[None, :]
+        row = tl.load(w + n[:, None] * K + (k + c)[None, :], mask=(n < N)[:, None] & there, other=0.0)
+        value = tl.load(x + m[:, None] * K + (k + c)[None, :], mask=(m < M)[:, None] & there, other=0.0)
+        total = tl.dot(row, tl.trans(value), total, input_precision=PRECISION)
+    release_next(pdl)
+    kept = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(y + m.to(tl.int64)[None, :] * Y + n[:, None], total.to(y.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _block(program, w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.constexpr, K: tl.constexpr,
+           Y: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, ROUND: tl.constexpr,
+           PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, TOKENS: tl.constexpr,
+           DEPTH: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
+           EACH: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """VALID results of TOKENS tokens, from ROWS rows of the weight (gated: one half gate, the other up). Programs go
     through BAND blocks of results for each block of tokens, so that what they read is still in the L2 cache. PREFETCH
     tiles go there while x is prepared. EACH: columns of a program; 0: all. Sums then are parts [.., M, N], which the
@@ -633,9 +650,9 @@ def _tile(w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.constexpr, 
     FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
     blocks: tl.constexpr = (N + VALID - 1) // VALID
     many = (M + TOKENS - 1) // TOKENS
-    band = tl.program_id(0) // (BAND * many)
+    band = program // (BAND * many)
     wide = min(BAND, blocks - band * BAND)
-    inside = tl.program_id(0) % (BAND * many)
+    inside = program % (BAND * many)
     first = (band * BAND + inside % wide) * VALID
     m = inside // wide * TOKENS + tl.arange(0, TOKENS)
     r = tl.arange(0, ROWS)
@@ -666,16 +683,35 @@ def _tile(w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.constexpr, 
         PARTS: tl.constexpr = (K + EACH - 1) // EACH
         tl.store(parts + tl.program_id(1).to(tl.int64) * M * N + spot, total, mask=kept)
         tl.debug_barrier()  # all of a program's part is there before it counts
-        if tl.atomic_add(seen + tl.program_id(0), 1, sem="acq_rel") == PARTS - 1:
+        if tl.atomic_add(seen + program, 1, sem="acq_rel") == PARTS - 1:
             total = tl.zeros([OUT, TOKENS], tl.float32)
             for k in tl.static_range(PARTS):
                 total += tl.load(parts + k * M.to(tl.int64) * N + spot, mask=kept, other=0.0, cache_modifier=".cg")
-            tl.store(seen + tl.program_id(0), 0)
+            tl.store(seen + program, 0)
         else:
             kept = kept & False
     if RESIDUAL:
         total += tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
     tl.store(y + m.to(tl.int64)[None, :] * Y + n[:, None], total.to(y.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _tile(w, scales, plain, h, x, x_scales, residual, y, parts, seen, M, N: tl.constexpr, PLAIN: tl.constexpr,
+          K: tl.constexpr, Y: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr,
+          ROUND: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr,
+          TOKENS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr,
+          PREFETCH: tl.constexpr, EACH: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr
+          ):  # fmt: skip
+    """Blocks of results of TOKENS tokens, see `_block`. The first programs have the PLAIN results that follow, of at
+    most TOKENS tokens h, by rows that are not quantized."""
+    FIRST: tl.constexpr = (PLAIN + 15) // 16
+    if tl.program_id(0) < FIRST:
+        if tl.program_id(1) == 0:
+            _plain_tile(plain, h, y + N, tl.program_id(0) * 16, M, PLAIN, K, Y, TOKENS, PRECISION, STAGES, pdl)
+    else:
+        _block(tl.program_id(0) - FIRST, w, scales, x, x_scales, residual, y, parts, seen, M, N, K, Y, KIND, GROUP,
+               SHARING, ROUND, PACKED, PRECISION, ROWS, VALID, TOKENS, DEPTH, BAND, STAGES, THREADS, PREFETCH, EACH,
+               GATED, RESIDUAL, pdl)  # fmt: skip
 
 
 def native(target: Target) -> bool:
@@ -759,9 +795,9 @@ def quantized(
     found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
     h_MK = x_MK if plain_PK is None else torch.empty((M, K), dtype=w.dtype, device=x_MK.device)
     q_MK, x_scales = prepare(x_MK, w, norm_K, eps, None if plain_PK is None else h_MK)
-    if plain_PK is not None:
+    if plain_PK is not None and M > FEW:
         linear_into(y_MN[:, N:], h_MK, plain_PK, None, 0.0)
-    y_MN = y_MN[:, :N]
+        P = 0
     rows, per_core, depth = found.pop("rows"), found.pop("per_core"), found.pop("depth")
     valid = _fitting(N, rows // (1 + gated), per_core * target.cores)
     tokens = max(found.pop("tokens"), min(64, power_of_2(M)) if M <= FEW else 0)
@@ -773,10 +809,11 @@ def quantized(
     splits = cdiv(K, each) if each else 1
     parts_PMN = torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device) if each else y_MN
     launch(
-        _tile, (programs, splits), values, w.scales, q_MK, x_scales, residual, y_MN, parts_PMN, _counts(x_MK.device), M,
-        Y=y_MN.stride(0), ROUND=most > 0, PACKED=packed(target), PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens,
-        DEPTH=depth, BAND=found.pop("band"), STAGES=found["num_stages"], THREADS=32 * found["num_warps"],
-        PREFETCH=prefetch, EACH=each, **shared, **found,
+        _tile, (cdiv(P, 16) + programs, splits), values, w.scales, h_MK if plain_PK is None else plain_PK, h_MK, q_MK,
+        x_scales, residual, y_MN, parts_PMN, _counts(x_MK.device), M, PLAIN=P, Y=y_MN.stride(0), ROUND=most > 0,
+        PACKED=packed(target), PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens, DEPTH=depth,
+        BAND=found.pop("band"), STAGES=found["num_stages"], THREADS=32 * found["num_warps"], PREFETCH=prefetch,
+        EACH=each, **shared, **found,
     )  # fmt: skip
 
 
