@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,9 @@ def test_a_gpu_is_described_by_what_it_can_do() -> None:
 
     target = probe()
     assert target.kind in ("cuda", "hip")
-    assert probe("cuda:0") == target or probe("cuda:0").memory_available != target.memory_available
+    again = probe("cuda:0")  # what is free changes with whoever else is there
+    free = {"memory_available": target.memory_available, "host_memory": target.host_memory}
+    assert dataclasses.replace(again, **free) == target
     assert target.memory_available <= target.memory_total
     assert target.warp_size in (32, 64)
     assert target.shared_memory_per_workgroup >= 32 << 10

@@ -17,7 +17,16 @@ import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import bucket, launch, parameters, release_next, target_of, wait_for_inputs
+from tritium.ops.kernels.launch import (
+    bucket,
+    cdiv,
+    launch,
+    parameters,
+    power_of_2,
+    release_next,
+    target_of,
+    wait_for_inputs,
+)
 from tritium.ops.spans import Spans
 
 LOWEST = tl.constexpr(-1e30)
@@ -262,7 +271,7 @@ def _sizes(q_TND: torch.Tensor, k_pages: torch.Tensor) -> tuple[dict[str, Any], 
     """Constants of both kernels that read pages, and the scale of scores that makes exp2 of exp."""
     _, heads, dim = q_TND.shape
     _, groups, page, _ = k_pages.shape
-    constants = {"N": heads, "G": groups, "D": dim, "PAGE": page, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
+    constants = {"N": heads, "G": groups, "D": dim, "PAGE": page, "BLOCK_D": max(power_of_2(dim), 16)}
     return constants, dim**-0.5 * math.log2(math.e)
 
 
@@ -288,11 +297,11 @@ def _short_rows(
     groups, rows, table = k_pages.shape[1], spans.num_short, spans.table
     most = max(spans.lengths[:rows])
     static = rows == spans.num_rows and spans.num_tokens == rows * most
-    like, size = bucket(rows), max(16, triton.next_power_of_2(most * heads // groups))
+    like, size = bucket(rows), max(16, power_of_2(most * heads // groups))
     found = _parameters("attention.decode", q_TND, groups=groups, head_dim=dim, rows=like, queries=size)
-    size = max(min(size, found.pop("queries")), triton.next_power_of_2(heads // groups))
+    size = max(min(size, found.pop("queries")), power_of_2(heads // groups))
     together = size // (heads // groups)
-    tiles = triton.cdiv(most, together)
+    tiles = cdiv(most, together)
     # As many programs as the device holds, and never so few for a row that a long one keeps the others waiting.
     programs = int(target_of(q_TND).cores * found.pop("programs"))
     splits = max(programs // (like * groups * tiles), found.pop("splits"))
@@ -305,10 +314,10 @@ def _short_rows(
         TOKENS=together, M=size, **constants, **found,
     )  # fmt: skip
     found = parameters("attention.merge", q_TND, groups=groups, head_dim=dim, rows=like)
-    shares = triton.next_power_of_2(splits)
+    shares = power_of_2(splits)
     dims = min(found.pop("dims"), constants["BLOCK_D"], max(8192 // shares, 1))
     launch(
-        _merge, (heads * triton.cdiv(dim, dims), most, rows), parts, weights, gate_TND, o_TND, *of_rows,
+        _merge, (heads * cdiv(dim, dims), most, rows), parts, weights, gate_TND, o_TND, *of_rows,
         gate_TND.stride(0), gate_TND.stride(1), splits, most, int(static),
         N=heads, D=dim, PAGE=k_pages.shape[2], SHARES=shares, DIMS=dims, **found,
     )  # fmt: skip
@@ -328,10 +337,11 @@ def _long_rows(
     tiles_2X = spans.cached(f"attention_tiles_{size}", lambda spans: _query_tiles(spans, size))
     tiles = tiles_2X.shape[1]
     rows: Any = (k_pages, v_pages)
+    dim = q_TND.shape[2]
+    found["BULK"] *= dim == constants["BLOCK_D"]  # a block of the copy engine is as wide as a power of 2
     if found["BULK"]:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        dim = q_TND.shape[2]
         rows = [TensorDescriptor.from_tensor(x.view(-1, dim), [found["KEYS"], dim]) for x in (k_pages, v_pages)]
     launch(
         _prefill, (q_TND.shape[1] * tiles,), q_TND, gate_TND, k_pages, v_pages, *rows, o_TND, tiles_2X,

@@ -39,7 +39,8 @@ from tritium.ops.kernels.launch import (
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import LOWEST, keys, lanes_of, logits_stride, next_expert
 from tritium.ops.kernels.norm import rms_norm
-from tritium.ops.kernels.quantized import depth_of, form, largest_of, packed, prepare, tile_product
+from tritium.ops.kernels.one_token import form, largest_of
+from tritium.ops.kernels.quantized import depth_of, packed, prepare, tile_product
 from tritium.ops.linear import linear
 from tritium.ops.quantized import Quantized, Weight, Weights, row_blocks
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from tritium.ops.kernels.launch import cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import _tile, _two_rows, _vector, keys, lanes_of, logits_stride, next_expert
-from tritium.ops.kernels.quantized import LEAST, by_token, form, largest, row_scales, rows_by_token, words
+from tritium.ops.kernels.one_token import LEAST, by_token, form, largest, row_scales, rows_by_token, words
 from tritium.ops.quantized import Quantized
 
 

@@ -1,0 +1,402 @@
+"""Rows of a weight in fewer bits by one token, on the vector units, for `quantized` and `moe_quantized`.
+
+Rows are words of 32 bits, unpacked in registers; a thread holds four neighbours of a row. Each program rounds x for
+itself: it finds max |x (1 + n)| while its first words are on their way; the rsqrt of a norm meets the result alone.
+What a thread has made of its columns goes to those that need it through shared memory.
+
+`KIND`: int8, e4m3, int4, e2m1. `ROUND`: x is rounded to 8 bits of that kind too. Products of int8 are summed as
+integers, so all forms give the same bits for the same rounded x.
+
+Shapes: K inputs, W words of a step, G = K / GROUP scales of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tritium.hw import Target
+from tritium.ops.kernels.four_bits import factor_of
+from tritium.ops.kernels.launch import target_of
+from tritium.ops.quantized import LARGEST, Quantized
+
+KINDS = {"int8": "int8", "fp8": "e4m3", "fp8-block": "e4m3", "int4": "int4", "mxfp4": "e2m1"}
+LEAST = tl.constexpr(1e-30)
+"""Stands in for the largest magnitude of a token of zeros."""
+QUICK = tl.constexpr(2)
+"""`NATIVE`: 0 where there are no instructions for these types, else 1; this where one token's products go the shortest
+way: with e4m3 as pairs of float16, eight of which are summed as such; with 4 bits as integers, x in two bytes."""
+
+
+@triton.jit
+def split4(x):
+    """[.., 4] as four [..]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _e4m3_bits(value):
+    """float32 of at most 448 to the nearest e4m3, ties to even, as an int32 below 256."""
+    bits = value.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
+    # Below 2^-6 there are multiples of 2^-9, which is what float32 resolves from 2^14 on.
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 15
+    return tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 128)
+
+
+@triton.jit
+def rounded_bits(value, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """float32 of at most the kind's largest number, rounded: int32 of which the low 8 bits count."""
+    if KIND == "int8":
+        # A number of this size resolves ones, to the nearest even, in its lowest bits.
+        bits = (value + 12582912.0).to(tl.int32, bitcast=True) & 255
+    elif NATIVE:
+        bits = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    else:
+        bits = _e4m3_bits(value)
+    return bits
+
+
+@triton.jit
+def _e4m3(word):
+    """The four e4m3 of words, lowest first, as float32."""
+    return _byte(word << 24), _byte(word << 16), _byte(word << 8), _byte(word)
+
+
+@triton.jit
+def _byte(word):
+    return ((word >> 4) & -0x78100000).to(tl.float32, bitcast=True) * 2.0**120
+
+
+@triton.jit
+def _nibbles(word, KIND: tl.constexpr):
+    """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `_places` says: the bits of a
+    float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice the number."""
+    values = ()
+    for j in tl.static_range(8):
+        if KIND == "int4":
+            bits = word & (15 << 4 * j) if j < 6 else (word >> 8) & (15 << 4 * (j - 2))
+        else:
+            bits = (word << (28 - 4 * j)) >> 6 & -0x7E400000
+        values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
+    return values
+
+
+@triton.jit
+def _places(j, KIND: tl.constexpr):
+    """2^(80 - p) of number j of a word."""
+    place = 4 * j - tl.where(j < 6, 0, 8) if KIND == "int4" else j * 0 + 22
+    return ((127 + 80 - place) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _four(x, norm, at, factor, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
+    """Four neighbours a thread of x (1 + n) times a factor, and Σ x² by thread."""
+    if EVEN:
+        value = tl.load(x + at).to(tl.float32)
+    else:
+        value = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+    squares = tl.sum(value * value, axis=1)
+    if NORM:
+        if EVEN:
+            value += value * tl.load(norm + at)
+        else:
+            value += value * tl.load(norm + at, mask=at < K, other=0.0)
+    return value * factor, squares
+
+
+@triton.jit
+def _halves(four):
+    """Columns of words, each rounded to e4m3, / 64, as four float16. A number of 64 bits, for what a thread computes
+    goes to those that need it through shared memory, as few times as may be."""
+    return tl.inline_asm_elementwise(
+        """{.reg .b16 p, q; .reg .b32 a, b, s; mov.b32 s, 0x24002400;
+        cvt.rn.satfinite.e4m3x2.f32 p, $2, $1; cvt.rn.satfinite.e4m3x2.f32 q, $4, $3;
+        cvt.rn.f16x2.e4m3x2 a, p; cvt.rn.f16x2.e4m3x2 b, q;
+        mul.rn.f16x2 a, a, s; mul.rn.f16x2 b, b, s; mov.b64 $0, {a, b};}""",
+        "=l,f,f,f,f", [four[0], four[1], four[2], four[3]], dtype=tl.int64, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _bytes(four):
+    """Four columns of words, below 2^15, to the nearest integer: their low bytes, and above them the high ones."""
+    return tl.inline_asm_elementwise(
+        """{.reg .b32 a, b, c, d; .reg .f32 m; mov.f32 m, 0f4B400000;
+        add.f32 a, $1, m; add.f32 b, $2, m; add.f32 c, $3, m; add.f32 d, $4, m;
+        prmt.b32 a, a, b, 0x5140; prmt.b32 c, c, d, 0x5140;
+        prmt.b32 b, a, c, 0x5410; prmt.b32 d, a, c, 0x7632; mov.b64 $0, {b, d};}""",
+        "=l,f,f,f,f", [four[0], four[1], four[2], four[3]], dtype=tl.int64, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
+           KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Of W words' columns of the token from k on: x (1 + n) as factors of their numbers (rounded int8: as words; or as
+    `_halves` or `_bytes`), Σ x² by word, and for 4 bits what is too much in each word's product, for int4 comes with 8
+    added, or the scale of `_bytes` by four words."""
+    PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
+    j = tl.arange(0, 4)
+    at = k + tl.arange(0, W)[:, None] * PER + j[None, :]
+    value, squares = _four(x, norm, at, factor, K, EVEN, NORM)
+    added = squares
+    if KIND == "int8" and ROUND:
+        out = (tl.sum(rounded_bits(value, KIND, NATIVE) << (8 * j)[None, :], axis=1),)
+    elif PER == 4:
+        low = split4(value)
+        if NATIVE == QUICK:
+            out = (_halves(low),)
+        elif ROUND:
+            out = _e4m3(tl.sum(rounded_bits(value, KIND, NATIVE) << (8 * j)[None, :], axis=1))
+        else:
+            out = low
+    else:
+        high, more = _four(x, norm, at + 4, factor, K, EVEN, NORM)
+        squares += more
+        if NATIVE == QUICK:
+            most = tl.max(tl.maximum(tl.abs(value), tl.abs(high)), axis=1)
+            most = tl.maximum(tl.max(tl.reshape(most, [W // 4, 4]), axis=1), LEAST)
+            added = most * (1 / 32512)
+            unit = tl.reshape(tl.broadcast_to((32512 / most)[:, None], [W // 4, 4]), [W])[:, None]
+            low, high = split4(value * unit), split4(high * unit)
+            if KIND == "int4":  # even columns lie in the low halves of bytes
+                low, high = (low[0], low[2], high[0], high[2]), (low[1], low[3], high[1], high[3])
+            out = (_bytes(low), _bytes(high))  # type: ignore[assignment]
+        else:
+            added = tl.sum(value + high, axis=1) * 2.0**-66
+            low = split4(value * _places(j, KIND)[None, :])
+            high = split4(high * _places(4 + j, KIND)[None, :])
+            out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])  # type: ignore[assignment]
+    return out, squares, added
+
+
+def _four_words(kind: str) -> str:
+    """PTX: $0 = four words of a weight ($1 to $4) times their columns ($5 on), as `_halves` and `_bytes` leave them. Of
+    int4 16 times the numbers are bytes; of e2m1 12 more than twice the numbers, $13 takes back."""
+    if kind == "e4m3":
+        lines = ["{.reg .b16 a, b; .reg .b32 p, q, x, y; .reg .f32 u; mov.b32 p, 0;"]
+        for i in range(4):
+            lines.append(f"mov.b32 {{a, b}}, ${1 + i}; mov.b64 {{x, y}}, ${5 + i};")
+            for word, pair in ("ax", "by"):
+                lines.append(f"cvt.rn.f16x2.e4m3x2 q, {word}; fma.rn.f16x2 p, q, {pair}, p;")
+        return "\n".join([*lines, "mov.b32 {a, b}, p; cvt.f32.f16 u, a; cvt.f32.f16 $0, b; add.f32 $0, $0, u;}"])
+    lines = ["{.reg .b32 a, b, c, l, h, s, t, v, x, y; mov.b32 c, 0x88888888; mov.b32 h, 0;"]
+    if kind == "int4":
+        lines.append("mov.b32 l, 0;")
+        take = "shl.b32 a, {w}, 4; lop3.b32 a, a, c, 0xF0F0F0F0, 0x28; lop3.b32 b, {w}, c, 0xF0F0F0F0, 0x28;"
+    else:
+        lines.append("mov.b32 l, $13; mov.b32 s, 0x03020100; mov.b32 t, 0x0C080604;")
+        # A byte permutation looks up four of eight bytes; bit 3 of an index, the sign, makes it 0.
+        take = "xor.b32 v, {w}, c; prmt.b32 a, s, t, {w}; prmt.b32 b, s, t, v; sub.s32 a, a, b; "
+        take += "add.s32 a, a, 0x0C0C0C0C; shr.u32 b, {w}, 16; shr.u32 v, v, 16; prmt.b32 b, s, t, b; "
+        take += "prmt.b32 v, s, t, v; sub.s32 b, b, v; add.s32 b, b, 0x0C0C0C0C;"
+    sign = "s32" if kind == "int4" else "u32"
+    for i in range(4):
+        lines.append(take.format(w=f"${1 + i}"))
+        for j, number in enumerate("ab"):
+            lines.append(f"mov.b64 {{x, y}}, ${5 + 2 * i + j}; dp4a.{sign}.u32 l, {number}, x, l; ")
+            lines.append(f"dp4a.{sign}.s32 h, {number}, y, h;")
+    return "\n".join([*lines, "mad.lo.s32 l, h, 256, l; cvt.rn.f32.s32 $0, l;}"])
+
+
+_E4M3_WORDS, _INT4_WORDS, _E2M1_WORDS = (tl.constexpr(_four_words(kind)) for kind in ("e4m3", "int4", "e2m1"))
+
+
+@triton.jit
+def _twelve(x):
+    """-12 Σ of the columns that four words meet, which `_bytes` left as these eight."""
+    total = tl.zeros(x[0].shape, tl.int32)
+    for i in tl.static_range(8):
+        total = tl.inline_asm_elementwise(
+            """{.reg .b32 c, h, x, y; mov.b32 c, 0xF4F4F4F4; mov.b64 {x, y}, $1; mov.b32 h, 0;
+            dp4a.s32.s32 h, c, y, h; mad.lo.s32 h, h, 256, $2; dp4a.s32.u32 $0, c, x, h;}""",
+            "=r,l,r", [x[i], total], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """[ROWS, W] words by the factors of a token: sums of four words' products, which one thread holds, [ROWS, W / 4];
+    int32 of rounded int8."""
+    FOUR: tl.constexpr = tile.shape[1] // 4
+    even, odd = tl.split(tl.reshape(tile, [tile.shape[0], FOUR, 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    four = (a, b, c, d)
+    total = tl.zeros([tile.shape[0], FOUR], tl.int32 if KIND == "int8" else tl.float32)
+    mine = ()
+    for j in tl.static_range(len(factors)):
+        mine += (split4(tl.reshape(factors[j], [FOUR, 4])),)  # type: ignore[assignment]
+    if NATIVE == QUICK:
+        operands, columns = four, ()
+        for i in tl.static_range(4):
+            for j in tl.static_range(len(factors)):
+                columns += (mine[j][i],)  # type: ignore[assignment,misc]
+                operands += (mine[j][i][None, :],)  # type: ignore[assignment,misc]
+        FORM: tl.constexpr = "=f,r,r,r,r" + ",l,l,l,l" * len(factors) + (",r" if KIND == "e2m1" else "")
+        if KIND == "e2m1":
+            operands += (_twelve(columns)[None, :],)  # type: ignore[assignment]
+        TEXT: tl.constexpr = _E4M3_WORDS if KIND == "e4m3" else _INT4_WORDS if KIND == "int4" else _E2M1_WORDS
+        total = tl.inline_asm_elementwise(TEXT, FORM, operands, dtype=tl.float32, is_pure=True, pack=1)
+        if KIND != "e4m3":
+            total *= added[None, :]
+    else:
+        for i in tl.static_range(4):
+            if KIND == "int8":
+                x = mine[0][i][None, :]  # type: ignore[misc]
+                if NATIVE:
+                    total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [four[i], x, total],
+                                                      dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+                else:
+                    for j in tl.static_range(4):
+                        total += ((four[i] << (8 * j)) >> 24) * ((x << (8 * j)) >> 24)
+            else:
+                values = _e4m3(four[i]) if KIND == "e4m3" else _nibbles(four[i], KIND)
+                for j in tl.static_range(len(factors)):
+                    total += values[j] * mine[j][i][None, :]  # type: ignore[misc]
+        if KIND == "int4":
+            total -= tl.sum(tl.reshape(added, [FOUR, 4]), axis=1)[None, :]
+    return total
+
+
+@triton.jit
+def words(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr):
+    """W words of each row from word k on. EVEN: all are there."""
+    if EVEN:
+        out = tl.load(at + k, eviction_policy="evict_first")
+    else:
+        inside = (k + tl.arange(0, W))[None, :] < WIDTH
+        out = tl.load(at + k, mask=rows[:, None] & inside, other=0, eviction_policy="evict_first")
+    return out
+
+
+@triton.jit
+def row_scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr,
+               EVEN: tl.constexpr):  # fmt: skip
+    """A stored scale for four words of each row from word k on; without GROUP that of the row, [ROWS, 1]."""
+    if GROUP:
+        word = k + tl.arange(0, W // 4) * 4
+        if EVEN:
+            out = tl.load(at + word[None, :] // (GROUP // PER))
+        else:
+            inside = rows[:, None] & (word < WIDTH)[None, :]
+            out = tl.load(at + word[None, :] // (GROUP // PER), mask=inside, other=0)
+    else:
+        out = tl.load(at, mask=rows[:, None], other=0.0)
+    return out
+
+
+@triton.jit
+def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr):
+    """max |x (1 + n)| over the columns of a token."""
+    BLOCK: tl.constexpr = 4096 if K > 2048 and not NORM else 2048 if K > 1024 else 1024
+    if NATIVE > 0 and not NORM and x.dtype.element_ty == tl.bfloat16 and K % 2 == 0:
+        pair = tl.arange(0, BLOCK // 2)
+        pairs = tl.zeros([BLOCK // 2], tl.int32)
+        for k in tl.range(0, K // 2, BLOCK // 2):
+            two = tl.load(x.to(tl.pointer_type(tl.int32)) + k + pair, mask=k + pair < K // 2, other=0)
+            pairs = tl.inline_asm_elementwise(
+                "{.reg .b32 t; and.b32 t, $2, 0x7FFF7FFF; max.bf16x2 $0, $1, t;}", "=r,r,r", [pairs, two],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        most = tl.max(tl.maximum(pairs & -65536, pairs << 16)).to(tl.float32, bitcast=True)
+    else:
+        c = tl.arange(0, BLOCK)
+        top = tl.zeros([BLOCK], tl.float32)
+        for k in tl.range(0, K, BLOCK):
+            value = tl.load(x + k + c, mask=k + c < K, other=0.0).to(tl.float32)
+            if NORM:
+                value += value * tl.load(norm + k + c, mask=k + c < K, other=0.0)
+            top = tl.maximum(top, tl.abs(value))
+        most = tl.max(top)
+    return tl.maximum(most, LEAST)
+
+
+@triton.jit
+def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
+                  K: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+                  LARGEST: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr,
+                  NORM: tl.constexpr):  # fmt: skip
+    """Rows of one or TWO blocks of a weight by one token, each [ROWS] (x with its norm's rsqrt left out, whose Σ x² is
+    the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`
+    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded; `rows`: those that exist,
+    FULL: all. The next words are on their way while some are multiplied."""
+    PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
+    W: tl.constexpr = COLUMNS // PER
+    WIDTH: tl.constexpr = K // PER
+    LAST: tl.constexpr = (K - 1) // COLUMNS
+    WHOLE: tl.constexpr = K % COLUMNS == 0
+    EVEN: tl.constexpr = FULL and WHOLE
+    ROUND: tl.constexpr = LARGEST > 0
+    total = tl.zeros([rows.shape[0], W // 4], tl.int32 if KIND == "int8" else tl.float32)
+    up_total = total
+    squares = tl.zeros([W], tl.float32)
+    factor, unit = 1.0, 1.0
+    if ROUND:
+        factor, unit = LARGEST / top, top / LARGEST * (64.0 if NATIVE == QUICK else 1.0)
+    elif PER == 8 and NATIVE == QUICK:
+        unit = 0.0625 if KIND == "int4" else 0.5
+    elif PER == 8:
+        unit = 2.0**69 if KIND == "int4" else 2.0**68
+    for i in tl.range(0, LAST):
+        k = (i + 1) * W
+        next_tile, next_up, next_scale, next_up_scale = words(at, k, rows, WIDTH, W, EVEN), up_tile, scale, up_scale
+        if GROUP:
+            next_scale = row_scales(scale_at, k, rows, WIDTH, W, GROUP, PER, EVEN)
+        if TWO:
+            next_up = words(up_at, k, rows, WIDTH, W, EVEN)
+            if GROUP:
+                next_up_scale = row_scales(up_scale_at, k, rows, WIDTH, W, GROUP, PER, EVEN)
+        factors, more, added = _token(x, norm, i * COLUMNS, factor, K, W, True, NORM, KIND, ROUND, NATIVE)
+        squares += more
+        product = _multiplied(tile, factors, added, KIND, NATIVE)
+        total += product * factor_of(scale) if GROUP else product
+        if TWO:
+            product = _multiplied(up_tile, factors, added, KIND, NATIVE)
+            up_total += product * factor_of(up_scale) if GROUP else product
+        tile, up_tile, scale, up_scale = next_tile, next_up, next_scale, next_up_scale
+    factors, more, added = _token(x, norm, LAST * COLUMNS, factor, K, W, WHOLE, NORM, KIND, ROUND, NATIVE)
+    product = _multiplied(tile, factors, added, KIND, NATIVE)
+    total += product * factor_of(scale) if GROUP else product
+    out = tl.sum(total, axis=1).to(tl.float32) * unit
+    out *= 1.0 if GROUP else tl.sum(scale, axis=1)
+    up_out = out
+    if TWO:
+        product = _multiplied(up_tile, factors, added, KIND, NATIVE)
+        up_total += product * factor_of(up_scale) if GROUP else product
+        up_out = tl.sum(up_total, axis=1).to(tl.float32) * unit
+        up_out *= 1.0 if GROUP else tl.sum(up_scale, axis=1)
+    return out, up_out, tl.sum(squares + more)
+
+
+def native(target: Target) -> bool:
+    """Whether there are instructions for four products of bytes and for e4m3."""
+    return target.kind == "cuda" and "dot_fp8" in target.features
+
+
+def form(w: Quantized) -> dict[str, Any]:
+    """The constexprs of kernels that say how a weight is stored."""
+    scheme = w.scheme
+    group = scheme.group if w.scales.shape[-1] > 1 or scheme.group >= w.shape[-1] else 0
+    return {"KIND": KINDS[scheme.name], "GROUP": group, "SHARING": scheme.rows}
+
+
+def by_token(w: Quantized) -> dict[str, Any]:
+    """The constexprs of `rows_by_token` that say how it is multiplied here."""
+    rounded = w.scheme.activations == torch.float8_e4m3fn and w.dtype == torch.bfloat16  # of more digits sums need more
+    quick = rounded or (w.scheme.bits == 4 and w.dtype.itemsize == 2)
+    return {"LARGEST": largest_of(w), "NATIVE": native(target_of(w.values)) * (1 + quick)}
+
+
+def largest_of(w: Quantized) -> float:
+    """What x is scaled to before it is rounded; 0 where it is not."""
+    return LARGEST[w.scheme.activations] if w.scheme.activations else 0.0
