@@ -14,6 +14,7 @@ from served import rambles, served
 from tritium.bench import decode as bench
 from tritium.bench import show
 from tritium.bench.ceilings import Ceilings, flops, measure, step_bytes
+from tritium.bench.kernels import Event, shares
 from tritium.bench.ops import run, sizes
 from tritium.cli.bench import bench as command
 from tritium.cli.doctor import plan
@@ -175,6 +176,26 @@ def test_cells_that_hold_more_than_the_pool_are_skipped(tiny: Path) -> None:
     config = dummy(tiny, num_gpu_blocks_override=12, speculate="none")
     cells = list(bench.decode(config, CEILINGS, rows=(1, 4), contexts=(400,), steps=2, rounds=1))
     assert [cell.get("skipped") for cell in cells] == [None, "more KV than fits"]
+
+
+def test_kernels_are_charged_with_what_they_add_to_a_step() -> None:
+    """Two steps: a long kernel, one that waits for it from its middle on, a gap, one that is hidden wholly."""
+    events = [Event(name, grid, begin + step * 100, lasts) for step in (0, 1) for name, grid, begin, lasts in (
+        ("long", (64,), 1000.0, 40.0), ("waits", (8,), 1020.0, 25.0), ("late", (), 1050.0, 30.0),
+        ("hidden", (1,), 1055.0, 5.0))]
+    cells = {cell["kernel"]: cell for cell in shares(reversed(events), steps=2)}
+    assert list(cells) == ["long", "late", "waits", "hidden"]
+    # In the second step nothing ran from 1080 to 1100.
+    assert {name: cell["own_us"] for name, cell in cells.items()} == {
+        "long": (40 + 60) / 2, "waits": 5.0, "late": 35.0, "hidden": 0.0}
+    assert (cells["late"]["idle_us"], cells["waits"]["lasts_us"], cells["long"]["grid"]) == (5.0, 25.0, "64")
+    assert sum(cell["own_us"] for cell in cells.values()) == (1180 - 1000) / 2
+
+
+def test_kernels_of_steps_that_are_no_graphs_are_refused(tiny: Path) -> None:
+    done = CliRunner().invoke(command, ["kernels", "--model", str(tiny), "--load-format", "dummy", "--device", "cpu"])
+    assert isinstance(done.exception, ConfigError)
+    assert "--enforce-eager" in (done.exception.hint or "")
 
 
 def test_prompts_are_timed(tiny: Path) -> None:

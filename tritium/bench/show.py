@@ -19,6 +19,9 @@ COLUMNS: dict[str, tuple[_Column, ...]] = {
                ("tokens_per_second", "tokens/s", 1, ",.1f"), ("tokens_per_second_each", "each", 1, ",.1f"),
                ("bytes", "GB", 1e-9, ".3f"), ("share", "% of roofline", 100, ".1f"), ("gap_us", "gap us", 1, ".1f"),
                ("host_us", "not graph us", 1, ".1f")),
+    "kernels": (("rows", "rows", 1, "d"), ("launches", "launches", 1, ".1f"), ("own_us", "own us a step", 1, ".1f"),
+                ("each_us", "own us", 1, ".2f"), ("idle_us", "idle us", 1, ".1f"), ("lasts_us", "lasts us", 1, ".2f"),
+                ("grid", "grid", 0, ""), ("kernel", "kernel", 0, "")),
     "prefill": (("tokens", "tokens", 1, ",d"), ("seconds", "s", 1, ".3f"), ("tokens_per_second", "tokens/s", 1, ",.0f"),
                 ("share_of_dot", "% of dot", 100, ".1f")),
     "start": (("start", "start", 1, "d"), *((phase, f"{phase} s", 1, ".2f") for phase in

@@ -66,7 +66,7 @@ def tune(config: EngineConfig, *, rows: Sequence[int], prompts: Sequence[int], c
     engine = Engine.load(replace(config, max_num_seqs=max([1, *rows]), max_num_batched_tokens=tokens,
                                  enable_prefix_caching=False))
     for count in rows:
-        yield _tuned(_Decode(engine, count, context), seconds, only, tell)
+        yield _tuned(DecodeStep(engine, count, context), seconds, only, tell)
     for length in prompts:
         yield _tuned(_Prompt(engine, length), seconds, only, tell)
 
@@ -172,7 +172,7 @@ class _Step:
             return float(sorted(times)[1])
 
 
-class _Decode(_Step):
+class DecodeStep(_Step):
     """A decode step as its graph, captured anew for every trial."""
 
     def __init__(self, engine: Engine, rows: int, context: int) -> None:
@@ -201,6 +201,9 @@ class _Decode(_Step):
 
     def again(self) -> None:
         self._graph.replay()
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
 
 
 class _Prompt(_Step):

@@ -131,6 +131,19 @@ def decode(rows: tuple[int, ...], contexts: tuple[int, ...], steps: int, tempera
 
 
 @bench.command()
+@click.option("--rows", type=_Numbers(), default="1,8,32", show_default=True, help="Requests at once.")
+@click.option("--context", type=click.IntRange(64), default=512, show_default=True, help="Tokens behind each.")
+@options.engine_flags
+def kernels(rows: tuple[int, ...], context: int, **flags: Any) -> None:
+    """What each kernel adds to a decode step: by how much it moves the end of all before it."""
+    config = _without_drafts(options.engine_config(flags))
+
+    from tritium.bench import kernels as benchmark
+
+    _report("kernels", config, benchmark.run(config, rows=rows, context=context))
+
+
+@bench.command()
 @click.option("--tokens", type=_Numbers(), default="8192,65536", show_default=True, help="Lengths of the prompts.")
 @_rounds
 @options.engine_flags
