@@ -431,11 +431,11 @@ def quantized(
         linear_into(y_MN[:, N:], h_MK, plain_PK, None, 0.0)
         P = 0
     rows, per_core, depth = found.pop("rows"), found.pop("per_core"), found.pop("depth")
-    valid = _fitting(N, rows // (1 + gated), per_core * target.cores)
     tokens = max(found.pop("tokens"), min(64, power_of_2(M)) if M <= FEW else 0)
     prefetch, splits = found.pop("prefetch", 0) * (found["pdl"] > 0), found.pop("splits", 1)
     if gated or how["KIND"] == "int8":  # whose sums of integers no order changes
         splits = 1
+    valid = _fitting(N, rows // (1 + gated), per_core * target.cores // splits)
     depth, programs = depth_of(w, depth), cdiv(N, valid) * cdiv(M, tokens)
     each = cdiv(cdiv(K, depth), splits) * depth % (cdiv(K, depth) * depth) if programs <= _COUNTS else 0
     splits = cdiv(K, each) if each else 1
