@@ -334,8 +334,8 @@ def _block(program, w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.c
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, TOKENS]), [1, 2, 0]))
         total = silu(gate) * up
-    spot = m.to(tl.int64)[None, :] * N + n[:, None]
     if EACH:
+        spot = m.to(tl.int64)[None, :] * N + n[:, None]
         PARTS: tl.constexpr = (K + EACH - 1) // EACH
         tl.store(parts + tl.program_id(1).to(tl.int64) * M * N + spot, total, mask=kept)
         tl.debug_barrier()  # all of a program's part is there before it counts
@@ -347,7 +347,7 @@ def _block(program, w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.c
         else:
             kept = kept & False
     if RESIDUAL:
-        total += tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
+        total += tl.load(residual + m.to(tl.int64)[None, :] * N + n[:, None], mask=kept, other=0.0).to(tl.float32)
     tl.store(y + m.to(tl.int64)[None, :] * Y + n[:, None], total.to(y.dtype.element_ty), mask=kept)
 
 
