@@ -19,7 +19,7 @@ import torch
 
 from tritium.bench.decode import clear, place, request
 from tritium.config import EngineConfig
-from tritium.core import SamplingParams
+from tritium.core import ConfigError, SamplingParams
 from tritium.engine import Engine
 from tritium.hw import available_cores, probe
 from tritium.hw.tuned import DIRECTORY, Key, launch_parameters, observed, table, trial
@@ -182,7 +182,8 @@ class DecodeStep(_Step):
         place(engine, requests)
         plan, graphs = engine.scheduler.plan(), engine.runner.graphs
         assert plan is not None
-        assert graphs is not None
+        if graphs is None:
+            raise ConfigError("there are no graphs of decode steps here", hint="a GPU, without --enforce-eager")
         self.plan, self.graphs, self.lengths = plan, graphs, (1,) * rows
         self._states = {row.slot: engine.runner.states.read(row.slot) for row in plan.rows}
         clear(engine, requests)
