@@ -32,6 +32,8 @@ def doctor(arches: str | None, models: str | None, arch: str | None, each: bool,
     """Report the machine, the ops, the memory plan of a model, and problems (then the exit code is 1)."""
     if arches:
         return compile_matrix(arches.split(","), models.split(",") if models else None, progress=not flags["quiet"])
+    if models:
+        raise ConfigError("--models goes with --compile", hint="--model says whose memory to plan")
     config = options.engine_config(flags)
 
     from importlib.metadata import version
@@ -163,16 +165,18 @@ def plan(config: EngineConfig, target: Target, each: bool = False) -> str:
     text = plan_memory(model, config, target).table()
     if model.schemes:
         text += "\n" + tensors(checkpoint, width, each)
+    elif each:
+        raise ConfigError("--tensors lists what is in fewer bits, and nothing is", hint="--quantize int8 --tensors")
     if not target.is_gpu:
         return text
 
     from tritium.bench.ceilings import step_bytes
 
-    lines = [text, "  tokens      requests at once" + ("  tokens/s of one, at most" if target.bandwidth else "")]
+    lines = [text, "  tokens      most requests at once" + ("  tokens/s of one, at most" if target.bandwidth else "")]
     for context in CONTEXTS:
         if context <= model.max_position:
             speed = target.bandwidth / step_bytes(model, 1, context, width)
-            lines.append(f"  {context:<11,} {fits(model, config, target, context):>16,}"
+            lines.append(f"  {context:<11,} {fits(model, config, target, context):>21,}"
                          + (f"  {speed:.1f}" if target.bandwidth else ""))
     return "\n".join(lines)
 

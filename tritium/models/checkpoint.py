@@ -181,7 +181,8 @@ def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Chec
     if layout is None:
         return Checkpoint(directory, _quantized(config, engine, names), tensors)
     if engine and engine.quantize not in (None, layout.scheme):
-        raise ConfigError(f"--quantize {engine.quantize}: {directory} is {layout.scheme} already", hint="leave it out")
+        raise ConfigError(f"{directory} is {layout.scheme} already, and cannot become {engine.quantize}",
+                          hint="leave --quantize out, or take the original")
     if engine and (engine.keep_bf16 or engine.quantize_also):
         raise ConfigError(f"{directory} is {layout.scheme} already, and no flag changes which of its tensors are",
                           hint="leave out --keep-bf16 and --quantize-also")
