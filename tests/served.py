@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import anthropic
 import httpx
 import openai
+from byte_chat import byte_chat_format
 from starlette.routing import Route
 
 from tritium.api import Limits, ScriptedEngine, Session
 from tritium.api.engine_core import EngineCore
-from tritium.chat import ChatFormat, byte_chat_format
+from tritium.chat import ChatFormat
 from tritium.core import Request
 from tritium.server.app import Server, listen
 from tritium.server.settings import ServerSettings

@@ -8,9 +8,9 @@ import time
 from contextlib import aclosing
 
 import pytest
+from byte_chat import byte_chat_format
 
 from tritium.api import LLM, Completion, ContextLengthError, ScriptedEngine, Session, TextOptions
-from tritium.chat import byte_chat_format
 from tritium.core import EngineDeadError, FinishReason, RequestError, SamplingParams
 
 CHAT = byte_chat_format()

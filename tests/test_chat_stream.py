@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_chat import byte_chat_format
 
-from tritium.chat import ChatFormat, TextStream, byte_chat_format
+from tritium.chat import ChatFormat, TextStream
 from tritium.chat.stop import StopMatcher
 from tritium.chat.tools import coerce
 

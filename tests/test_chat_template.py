@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_chat import byte_chat_format
 
 import tritium
-from tritium.chat import ChatFormat, byte_chat_format, images_in, load_chat
+from tritium.chat import ChatFormat, images_in, load_chat
 from tritium.chat.format import TOOL_PARSERS
 from tritium.chat.template import ChatTemplate
 from tritium.config import TOOL_CALL_PARSERS, EngineConfig

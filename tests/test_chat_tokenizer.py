@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from byte_chat import byte_chat_format
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 import tritium
-from tritium.chat import ChatFormat, Tokenizer, byte_chat_format, load_chat
+from tritium.chat import ChatFormat, Tokenizer, load_chat
 from tritium.chat.detokenize import Detokenizer
 from tritium.core import RequestError
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import click
 import pytest
+from byte_chat import byte_chat_format
 
 from tritium.api import Limits, ScriptedEngine, Session
-from tritium.chat.fake import byte_chat_format
 from tritium.cli import main as main_module
 from tritium.cli.main import main
 from tritium.cli.render import Printer, time_table
@@ -211,7 +211,7 @@ def test_chat_survives_a_turn_that_does_not_fit(
 SLOW_CHAT = """
 import sys
 from tritium.api import ScriptedEngine, Session
-from tritium.chat import byte_chat_format
+from byte_chat import byte_chat_format
 from tritium.cli.main import main
 chat = byte_chat_format()
 said = chat.encode("hm</think>" + "counting... " * 1000)
@@ -224,7 +224,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_CHAT], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        cwd=os.path.dirname(__file__), preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(terminal)
     unread = ""

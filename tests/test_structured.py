@@ -11,9 +11,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+from byte_chat import byte_chat_format
 
 from tritium.api import LLM, Completion, TextOptions
-from tritium.chat import AnswerFormat, Grammars, ToolRules, byte_chat_format
+from tritium.chat import AnswerFormat, Grammars, ToolRules
 from tritium.core import AnswerRules, FinishReason, RequestError, SamplingParams
 
 COUNT = 200

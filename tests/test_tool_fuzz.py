@@ -11,9 +11,9 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from byte_chat import byte_chat_format
 from hypothesis import given, settings
 
-from tritium.chat import byte_chat_format
 from tritium.chat.detokenize import Detokenizer
 from tritium.chat.reasoning import ReasoningSplitter
 from tritium.chat.stop import StopMatcher

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from byte_chat import byte_chat_format
+
 from tritium.api import LLM, ScriptedEngine
-from tritium.chat import byte_chat_format
 
 CHAT = byte_chat_format()
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"type": "integer"}}}}}]

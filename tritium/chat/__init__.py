@@ -1,7 +1,6 @@
 """Text only: tokenizer, chat template, reasoning, tool calls, stop strings. Never imports torch."""
 
 from tritium.chat.constraint import Grammars
-from tritium.chat.fake import byte_chat_format
 from tritium.chat.format import ChatFormat, load_chat
 from tritium.chat.grammar import AnswerFormat, ToolRules, answer_grammar
 from tritium.chat.messages import check_tools, images_in
@@ -20,7 +19,6 @@ __all__ = [
     "ToolRules",
     "Written",
     "answer_grammar",
-    "byte_chat_format",
     "check_tools",
     "ends_in_think",
     "images_in",
