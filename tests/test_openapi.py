@@ -11,12 +11,11 @@ from pathlib import Path
 import httpx
 from openapi_fuzz import fuzz, fuzzed_server
 from served import MODEL, says, served
+from serving_tables import BEGIN, DOCUMENT, END, documented
 
-from tritium.server import openapi
 from tritium.server.openapi import ENDPOINTS
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- fields: begin -->\n", "<!-- fields: end -->\n"
 
 
 def test_every_endpoint_is_in_the_document_and_no_other():
@@ -41,9 +40,10 @@ def test_cases_made_from_the_document_find_no_5xx_and_no_violation(seed):
 
 
 def test_the_documentation_has_the_tables():
-    """Written by: python -c 'from tritium.server.openapi import tables; print(tables())'"""
-    text = (ROOT / "docs" / "serving.md").read_text()
-    assert text.partition(BEGIN)[2].partition(END)[0] == openapi.tables() + "\n"
+    text = DOCUMENT.read_text()
+    assert BEGIN in text
+    assert END in text
+    assert text == documented(text), "python tests/serving_tables.py writes them"
 
 
 def test_every_metric_of_the_dashboard_exists():

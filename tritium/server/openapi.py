@@ -1,8 +1,8 @@
-"""What the server understands, as an OpenAPI document and as the tables of docs/serving.md; both from one list."""
+"""What the server understands, as an OpenAPI document (of which tests/serving_tables.py makes docs/serving.md's)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,42 +168,3 @@ def _register(model: type[BaseModel], schemas: dict[str, Any]) -> str:
                                                       if key in ("description", "default")}}
     schemas[model.__name__] = schema
     return model.__name__
-
-
-def tables() -> str:
-    """Every endpoint and field, as Markdown."""
-    return "\n".join(_lines())
-
-
-def _lines() -> Iterator[str]:
-    yield "| endpoint | |"
-    yield "|---|---|"
-    for endpoint in ENDPOINTS:
-        yield f"| `{endpoint.method} {endpoint.path}` | {endpoint.about} |"
-    components = document()["components"]["schemas"]
-    for endpoint in ENDPOINTS:
-        for model in endpoint.request:
-            schema = components[model.__name__]
-            yield f"\n**`{endpoint.path}`**" + (f" ({model.__name__})" if len(endpoint.request) > 1 else "") + "\n"
-            yield "| field | type | |"
-            yield "|---|---|---|"
-            for name, field in schema["properties"].items():
-                required = "required. " if name in schema.get("required", ()) else ""
-                about = " ".join((required + field.get("description", "")).split())
-                yield f"| `{name}` | {_type(field, components)} | {about} |".replace("|  |", "| |")
-            if refused := protocol.unsupported(model):
-                yield f"\nKnown, and refused unless null or harmless: {', '.join(f'`{name}`' for name in refused)}."
-
-
-def _type(field: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
-    if "anyOf" in field:
-        kinds = [_type(option, schemas) for option in field["anyOf"] if option.get("type") != "null"]
-        return " or ".join(dict.fromkeys(kinds)) or "null"
-    if "$ref" in field:
-        inner = schemas[field["$ref"].rpartition("/")[2]]
-        return "{" + ", ".join(inner["properties"]) + "}"
-    if "const" in field or "enum" in field:
-        return " or ".join(f"`{value!r}`".replace("'", "\"") for value in field.get("enum", [field.get("const")]))
-    if field.get("type") == "array":
-        return f"list of {_type(field.get('items', {}), schemas)}"
-    return str(field.get("type", "any"))

@@ -150,7 +150,7 @@ _SHARED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("prompt_logprobs", "allowed_token_ids", "truncate_prompt_tokens", "logit_processors"), ()),
 }
-_UNSUPPORTED: dict[type[BaseModel], dict[str, tuple[Any, ...]]] = {
+UNSUPPORTED: dict[type[BaseModel], dict[str, tuple[Any, ...]]] = {
     CompletionRequest: _SHARED,
     ChatRequest: {
         **_SHARED,
@@ -170,11 +170,6 @@ _UNSUPPORTED: dict[type[BaseModel], dict[str, tuple[Any, ...]]] = {
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def unsupported(kind: type[BaseModel]) -> list[str]:
-    """Names of the fields that are refused unless they ask for nothing."""
-    return sorted(_UNSUPPORTED.get(kind, ()))
-
-
 def parse_json(body: bytes) -> dict[str, Any]:
     """The body as a JSON object. Raises `RequestError` for anything else: invalid JSON or UTF-8, lone surrogates, NaN,
     Infinity, nesting without end."""
@@ -189,7 +184,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def parse(kind: type[Model], fields: Mapping[str, Any]) -> Model:
     """Check `fields` against `kind`. Raises `RequestError` naming the first field that is wrong."""
-    unsupported = _UNSUPPORTED.get(kind, {})
+    unsupported = UNSUPPORTED.get(kind, {})
     for name in unsupported.keys() & fields.keys():
         if fields[name] is not None and not any(_same(fields[name], value) for value in unsupported[name]):
             raise RequestError(f"{name} is not supported" + _only(unsupported[name]), param=name)
