@@ -66,27 +66,9 @@ def create_app(session: Session, served_model_names: Sequence[str], settings: Se
 
     metrics = Metrics(session)
     routes = Routes(session, served_model_names, settings, metrics)
-    endpoints: dict[str, Callable[..., Awaitable[Response]]] = {
-        "POST /v1/chat/completions": routes.chat,
-        "POST /v1/completions": routes.completions,
-        "POST /v1/responses": routes.responses,
-        "POST /v1/messages": routes.messages,
-        "POST /v1/messages/count_tokens": routes.count_tokens,
-        "POST /tokenize": routes.tokenize,
-        "POST /detokenize": routes.detokenize,
-        "POST /cache/save": routes.save_cache,
-        "POST /cache/load": routes.load_cache,
-        "POST /cache/flush": routes.flush_cache,
-        "GET /v1/models": routes.models,
-        "GET /v1/models/{name:path}": routes.model,
-        "GET /health": routes.health,
-        "GET /metrics": routes.metrics_page,
-        "GET /version": routes.version,
-        "GET /openapi.json": routes.openapi,
-    }
     app = Starlette(
-        routes=[Route(path, endpoint, methods=[method]) for (method, path), endpoint in
-                ((line.split(), endpoint) for line, endpoint in endpoints.items())],
+        routes=[Route(one.path.replace("{name}", "{name:path}"), getattr(routes, one.route), methods=[one.method])
+                for one in openapi.ENDPOINTS],
         lifespan=lifespan, exception_handlers=dict.fromkeys((TritiumError, HTTPException, Exception), routes.refuse))
     if settings.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["GET", "POST"],
@@ -275,7 +257,7 @@ class Routes:
                 self._note_error(error, scope)
                 log.error("an answer failed midway: %s", error)
                 last = error_event(error, scope["path"])
-            caller_of(scope).notes |= writer.notes()
+            caller_of(scope).notes |= writer.tally.notes()
             await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
     async def _fields(self, request: Request) -> dict[str, Any]:
@@ -356,10 +338,9 @@ async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Sco
     async with aclosing(events):
         async for event in events:
             completions.setdefault(event.index, Completion(event.index, [])).absorb(event)
-            writer.count(event)
             _note_times(event, scope)
     body = convert.dumps(writer.whole([completions[index] for index in sorted(completions)])).encode()
-    caller_of(scope).notes |= writer.notes()
+    caller_of(scope).notes |= writer.tally.notes()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from tritium.api import Completion
-from tritium.core import Event, FinishReason, RequestError, Usage
+from tritium.core import Event, RequestError
 from tritium.server.convert import dumps
 
 Kind = Literal["thinking", "text", "call"]
@@ -37,23 +37,6 @@ def blocks(done: Completion) -> list[Piece]:
     """A whole answer."""
     calls = [Piece("call", dumps(call.arguments), call.id, call.name) for call in done.tool_calls]
     return [*pieces(Event(text=done.text, reasoning=done.reasoning)), *calls]
-
-
-class Final:
-    """How the one choice of an answer ended."""
-
-    def __init__(self) -> None:
-        self.usage = Usage(0, 0)
-        self.reason: FinishReason | None = None
-        self.stop: str | int | None = None
-
-    def take(self, event: Event) -> None:
-        if event.finish_reason is not None:
-            self.reason, self.stop = event.finish_reason, event.stop_reason
-            self.usage = event.usage or self.usage
-
-    def notes(self) -> dict[str, Any]:
-        return {"prompt_tokens": self.usage.prompt_tokens, "completion_tokens": self.usage.completion_tokens}
 
 
 def sse(kind: str, body: Mapping[str, Any]) -> str:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
-from pydantic_core import to_json
-
 from tritium.api import Completion, Door, TextOptions
 from tritium.chat import AnswerFormat, ToolRules
-from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCall, ToolCallDelta, Usage
+from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCall, ToolCallDelta
 from tritium.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 
 DEFAULT_COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions when it is not given, as OpenAI defines it."""
 _COPIED = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
            "repetition_penalty", "min_tokens", "ignore_eos")
-_USAGE = operator.attrgetter(*(field.name for field in dataclasses.fields(Usage)))
 _LOWEST_LOGPROB = -9999.0
 """JSON has no -inf."""
 
@@ -173,34 +167,6 @@ def _response_format(value: Any) -> Iterator[AnswerFormat]:
         raise RequestError("response_format.type must be text, json_object or json_schema", param=param)
 
 
-class Tally:
-    """Usage of one HTTP request: a prompt counts once, however many choices it has."""
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._usage = Usage(0, 0)
-
-    def add(self, event: Event) -> None:
-        if (more := event.usage) is not None:
-            if event.index % self._n:
-                more = dataclasses.replace(more, prompt_tokens=0, cached_tokens=0)
-            self._usage = Usage(*map(operator.add, _USAGE(self._usage), _USAGE(more)))
-
-    def body(self) -> dict[str, Any]:
-        usage = self._usage
-        return {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-            "completion_tokens_details": {
-                "reasoning_tokens": usage.reasoning_tokens,
-                "accepted_prediction_tokens": usage.accepted_drafts,
-                "rejected_prediction_tokens": usage.rejected_drafts,
-            },
-        }
-
-
 class Shape(Protocol):
     """How one endpoint writes its answer."""
 
@@ -290,8 +256,7 @@ class CompletionShape:
         self._prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
 
     def choice(self, completion: Completion) -> dict[str, Any]:
-        return self._choice(completion.index, completion.text, completion.logprobs, completion.prompt_logprobs,
-                            completion.finish_reason, completion.stop_reason)
+        return self._choice(completion, completion.prompt_logprobs)
 
     def deltas(self, event: Event) -> list[dict[str, Any]]:
         index = event.index
@@ -300,14 +265,11 @@ class CompletionShape:
         first = index not in self._begun and (event.token_ids or event.finish_reason is not None)
         if not (first or event.text or event.finish_reason is not None or (self._logprobs and event.logprobs)):
             return []
-        prompt_logprobs = self._prompt_logprobs.pop(index, ())
-        return [self._choice(index, event.text, event.logprobs, prompt_logprobs, event.finish_reason,
-                             event.stop_reason)]
+        return [self._choice(event, self._prompt_logprobs.pop(index, ()))]
 
-    def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob],
-                prompt_logprobs: Sequence[TokenLogprob], finish_reason: str | None,
-                stop_reason: str | int | None) -> dict[str, Any]:
-        entries: list[tuple[int, TokenLogprob | None]] = [(entry.token, entry) for entry in logprobs]
+    def _choice(self, said: Event | Completion, prompt_logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        index, text = said.index, said.text
+        entries: list[tuple[int, TokenLogprob | None]] = [(entry.token, entry) for entry in said.logprobs]
         if index not in self._begun and self._echoes is not None:
             prompt = self._prompts[index // self._n]
             text = self._echoes[index // self._n] + text
@@ -317,8 +279,8 @@ class CompletionShape:
             "index": index,
             "text": text,
             "logprobs": self._logprob_body(index, entries) if self._logprobs else None,
-            "finish_reason": finish_reason,
-            "stop_reason": stop_reason,
+            "finish_reason": said.finish_reason,
+            "stop_reason": said.stop_reason,
         }
 
     def _logprob_body(self, index: int, entries: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
@@ -352,29 +314,6 @@ def _call_delta(piece: ToolCallDelta) -> dict[str, Any]:
         return {"index": piece.index, "function": {"arguments": piece.arguments}}
     function = {"name": piece.name, "arguments": piece.arguments}
     return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
-
-
-class Envelope:
-    """What stands around the choices of one HTTP answer, whole or streamed."""
-
-    def __init__(self, shape: Shape, model: str, *, include_usage: bool = False) -> None:
-        head = {"id": f"{shape.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._whole = head | {"object": shape.whole_object}
-        self._include_usage = include_usage
-        # The same for every chunk, so serialized once: this runs for every token of every stream.
-        self._chunk = json.dumps(head | {"object": shape.chunk_object})[:-1] + ', "choices": ['
-        self._chunk_end = '], "usage": null}' if include_usage else "]}"
-
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._whole, "choices": choices, "usage": usage}
-
-    def chunks(self, choices: Iterable[dict[str, Any]]) -> str:
-        """Server-sent events, one for each choice."""
-        return "".join([f"data: {self._chunk}{to_json(choice).decode()}{self._chunk_end}\n\n" for choice in choices])
-
-    def end(self, usage: dict[str, Any]) -> str:
-        last = f'data: {self._chunk}], "usage": {json.dumps(usage)}}}\n\n' if self._include_usage else ""
-        return last + "data: [DONE]\n\n"
 
 
 dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False).encode

@@ -11,8 +11,9 @@ from pydantic import Field
 
 from tritium.api import Completion
 from tritium.core import Event, FinishReason, RequestError
-from tritium.server.blocks import Final, Piece, blocks, function_call, is_list, join_text, mapping, pieces, sse, string
+from tritium.server.blocks import Piece, blocks, function_call, is_list, join_text, mapping, pieces, sse, string
 from tritium.server.protocol import Strict
+from tritium.server.writers import Tally
 
 _SIGNATURE = "unsigned"
 """Thoughts are not signed here; clients expect something."""
@@ -170,19 +171,17 @@ class MessagesWriter:
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._final = Final()
+        self.tally = Tally()
         self._index = -1
         self._open: str | None = None
 
-    def count(self, event: Event) -> None:
-        self._final.take(event)
-
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        self.tally.add(completions[0])
         content = [self._block(piece, whole=True) for piece in blocks(completions[0])]
         return self._message(content) | self._end()
 
     def add(self, event: Event) -> str:
-        self._final.take(event)
+        self.tally.add(event)
         out = ""
         if self._index < 0:
             self._index = 0
@@ -200,9 +199,6 @@ class MessagesWriter:
         ended = self._end()
         usage = ended.pop("usage")
         return self._close() + sse("message_delta", {"delta": ended, "usage": usage}) + sse("message_stop", {})
-
-    def notes(self) -> dict[str, Any]:
-        return self._final.notes()
 
     def _close(self) -> str:
         if self._open is None:
@@ -229,13 +225,13 @@ class MessagesWriter:
                 "content": content, "stop_reason": None, "stop_sequence": None, "usage": self._usage()}
 
     def _end(self) -> dict[str, Any]:
-        final = self._final
-        stopped = final.reason is FinishReason.STOP and isinstance(final.stop, str)
-        reason = "stop_sequence" if stopped else _STOP_REASONS.get(final.reason or FinishReason.STOP, "end_turn")
-        return {"stop_reason": reason, "stop_sequence": final.stop if stopped else None, "usage": self._usage()}
+        tally = self.tally
+        stopped = tally.reason is FinishReason.STOP and isinstance(tally.stop, str)
+        reason = "stop_sequence" if stopped else _STOP_REASONS.get(tally.reason or FinishReason.STOP, "end_turn")
+        return {"stop_reason": reason, "stop_sequence": tally.stop if stopped else None, "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
-        usage = self._final.usage
+        usage = self.tally.usage
         return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens}
 

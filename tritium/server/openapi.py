@@ -60,6 +60,8 @@ class Endpoint:
     about: str
     answer: Mapping[str, Any] | None
     """JSON schema of the body of 200; None: plain text."""
+    route: str
+    """The method of `app.Routes` that answers."""
     request: tuple[type[BaseModel], ...] = ()
     """One of these."""
     streams: bool = False
@@ -67,33 +69,36 @@ class Endpoint:
 
 ENDPOINTS = (
     Endpoint(method="POST", path="/v1/chat/completions", about="OpenAI's chat completions.", answer=_CHAT,
-             request=(protocol.ChatRequest,), streams=True),
+             route="chat", request=(protocol.ChatRequest,), streams=True),
     Endpoint(method="POST", path="/v1/completions", about="OpenAI's text completions.", answer=_COMPLETION,
-             request=(protocol.CompletionRequest,), streams=True),
+             route="completions", request=(protocol.CompletionRequest,), streams=True),
     Endpoint(method="POST", path="/v1/responses", about="OpenAI's responses; nothing is stored.", answer=_RESPONSE,
-             request=(responses.ResponsesRequest,), streams=True),
+             route="responses", request=(responses.ResponsesRequest,), streams=True),
     Endpoint(method="POST", path="/v1/messages", about="Anthropic's messages.", answer=_MESSAGE,
-             request=(messages.MessagesRequest,), streams=True),
+             route="messages", request=(messages.MessagesRequest,), streams=True),
     Endpoint(method="POST", path="/v1/messages/count_tokens", about="Tokens of a conversation, Anthropic's way.",
-             answer=_object(input_tokens=_INTEGER), request=(messages.CountRequest,)),
+             answer=_object(input_tokens=_INTEGER), route="count_tokens", request=(messages.CountRequest,)),
     Endpoint(method="POST", path="/tokenize", about="Text or a conversation to token ids.", answer=_TOKENS,
-             request=(protocol.TokenizePrompt, protocol.TokenizeChat)),
+             route="tokenize", request=(protocol.TokenizePrompt, protocol.TokenizeChat)),
     Endpoint(method="POST", path="/cache/save", about="The prefix cache, or one session of it, into a file.",
-             answer=_KEPT, request=(protocol.SaveCache,)),
+             answer=_KEPT, route="save_cache", request=(protocol.SaveCache,)),
     Endpoint(method="POST", path="/cache/load", about="A saved cache or session, beside what is in memory.",
-             answer=_KEPT, request=(protocol.NamedCache,)),
+             answer=_KEPT, route="load_cache", request=(protocol.NamedCache,)),
     Endpoint(method="POST", path="/cache/flush", about="Forgets all that no request uses; files stay.",
-             answer=_object(pages=_INTEGER, checkpoints=_INTEGER), request=(protocol.FlushCache,)),
+             answer=_object(pages=_INTEGER, checkpoints=_INTEGER), route="flush_cache", request=(protocol.FlushCache,)),
     Endpoint(method="POST", path="/detokenize", about="Token ids to text.", answer=_object(prompt=_STRING),
-             request=(protocol.DetokenizeRequest,)),
+             route="detokenize", request=(protocol.DetokenizeRequest,)),
     Endpoint(method="GET", path="/v1/models", about="The names of the model; for Anthropic's clients in their form.",
-             answer=_object(object=_const("list"), data=_list(_CARD))),
-    Endpoint(method="GET", path="/v1/models/{name}", about="One of them.", answer=_CARD),
+             answer=_object(object=_const("list"), data=_list(_CARD)), route="models"),
+    Endpoint(method="GET", path="/v1/models/{name}", about="One of them.", answer=_CARD, route="model"),
     Endpoint(method="GET", path="/health", about="200 when requests are served, 503 when not. Needs no key.",
-             answer=_object(status={"enum": ["ok", "draining", "dead"]})),
-    Endpoint(method="GET", path="/metrics", about="Numbers in Prometheus' text format.", answer=None),
-    Endpoint(method="GET", path="/version", about="The version of Tritium.", answer=_object(version=_STRING)),
-    Endpoint(method="GET", path="/openapi.json", about="This list as an OpenAPI document.", answer={"type": "object"}),
+             answer=_object(status={"enum": ["ok", "draining", "dead"]}), route="health"),
+    Endpoint(method="GET", path="/metrics", about="Numbers in Prometheus' text format.", answer=None,
+             route="metrics_page"),
+    Endpoint(method="GET", path="/version", about="The version of Tritium.",
+             answer=_object(version=_STRING), route="version"),
+    Endpoint(method="GET", path="/openapi.json", about="This list as an OpenAPI document.",
+             answer={"type": "object"}, route="openapi"),
 )
 
 _PART = _object(type=_const("text"), text=_STRING)

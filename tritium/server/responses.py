@@ -11,8 +11,9 @@ from pydantic import Field
 
 from tritium.api import Completion
 from tritium.core import Event, FinishReason, RequestError
-from tritium.server.blocks import Final, Piece, blocks, function_call, join_text, mapping, pieces, sse, string
+from tritium.server.blocks import Piece, blocks, function_call, join_text, mapping, pieces, sse, string
 from tritium.server.protocol import StreamOptions, Strict
+from tritium.server.writers import Tally
 
 _TEXTS = ("input_text", "output_text", "text")
 
@@ -152,19 +153,17 @@ class ResponsesWriter:
             "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
             "background": False, "user": request.user,
         }
-        self._final = Final()
+        self.tally = Tally()
         self._items: list[dict[str, Any]] = []
         self._open: Piece | None = None
         self._sequence = 0
 
-    def count(self, event: Event) -> None:
-        self._final.take(event)
-
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        self.tally.add(completions[0])
         return self._response([_item(piece, piece.text, "completed") for piece in blocks(completions[0])])
 
     def add(self, event: Event) -> str:
-        self._final.take(event)
+        self.tally.add(event)
         out = []
         if not self._sequence:
             head = {**self._head, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
@@ -178,12 +177,9 @@ class ResponsesWriter:
         return "".join(out)
 
     def end(self) -> str:
-        closing = "".join(self._close("incomplete" if self._final.reason is FinishReason.LENGTH else "completed"))
+        closing = "".join(self._close("incomplete" if self.tally.reason is FinishReason.LENGTH else "completed"))
         response = self._response(self._items)
         return closing + self._say(f"response.{response['status']}", response=response)
-
-    def notes(self) -> dict[str, Any]:
-        return self._final.notes()
 
     def _begin(self, piece: Piece) -> Iterator[str]:
         self._open, self._text = piece, ""
@@ -222,7 +218,7 @@ class ResponsesWriter:
         return sse(kind, {"sequence_number": self._sequence - 1, **body})
 
     def _response(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        usage, cut = self._final.usage, self._final.reason is FinishReason.LENGTH
+        usage, cut = self.tally.usage, self.tally.reason is FinishReason.LENGTH
         return {
             **self._head,
             "status": "incomplete" if cut else "completed",

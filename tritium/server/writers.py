@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import operator
+import time
+import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from pydantic_core import to_json
+
 from tritium.api import Completion
-from tritium.core import Event
-from tritium.server.convert import Envelope, Shape, Tally
+from tritium.core import Event, FinishReason, Usage
+from tritium.server.convert import Shape
 from tritium.server.protocol import StreamOptions
+
+_USAGE = operator.attrgetter(*(field.name for field in dataclasses.fields(Usage)))
+
+
+class Tally:
+    """What one HTTP answer of `n` choices a prompt comes to: its usage, and how the choice that ended last did. A
+    prompt counts once, however many choices it has."""
+
+    def __init__(self, n: int = 1) -> None:
+        self._n = n
+        self.usage = Usage(0, 0)
+        self.reason: FinishReason | None = None
+        self.stop: str | int | None = None
+
+    def add(self, said: Event | Completion) -> None:
+        """An event, or all of a choice."""
+        if said.finish_reason is None or (more := said.usage) is None:
+            return
+        self.reason, self.stop = said.finish_reason, said.stop_reason
+        if said.index % self._n:
+            more = dataclasses.replace(more, prompt_tokens=0, cached_tokens=0)
+        self.usage = Usage(*map(operator.add, _USAGE(self.usage), _USAGE(more)))
+
+    def notes(self) -> dict[str, Any]:
+        """For the log."""
+        return {"prompt_tokens": self.usage.prompt_tokens, "completion_tokens": self.usage.completion_tokens}
 
 
 class Writer(Protocol):
-    def count(self, event: Event) -> None:
-        """Take note of an event of an answer that is sent whole."""
-        ...
+    tally: Tally
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
 
@@ -26,33 +57,44 @@ class Writer(Protocol):
         """The last of them."""
         ...
 
-    def notes(self) -> dict[str, Any]:
-        """For the log."""
-        ...
-
 
 class OpenAIWriter:
-    """Chat and text completions."""
+    """Chat and text completions: what stands around their choices."""
 
     def __init__(self, shape: Shape, model: str, n: int, stream_options: StreamOptions | None) -> None:
+        self.tally = Tally(n)
         self._shape = shape
-        self._tally = Tally(n)
-        include_usage = stream_options is not None and stream_options.include_usage
-        self._envelope = Envelope(shape, model, include_usage=include_usage)
-
-    def count(self, event: Event) -> None:
-        self._tally.add(event)
+        head = {"id": f"{shape.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = head | {"object": shape.whole_object}
+        self._include_usage = stream_options is not None and stream_options.include_usage
+        # The same for every chunk, so serialized once: this runs for every token of every stream.
+        self._chunk = json.dumps(head | {"object": shape.chunk_object})[:-1] + ', "choices": ['
+        self._chunk_end = '], "usage": null}' if self._include_usage else "]}"
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        return self._envelope.whole([self._shape.choice(done) for done in completions], self._tally.body())
+        for completion in completions:
+            self.tally.add(completion)
+        return {**self._head, "choices": [self._shape.choice(done) for done in completions], "usage": self._usage()}
 
     def add(self, event: Event) -> str:
-        self._tally.add(event)
-        return self._envelope.chunks(self._shape.deltas(event))
+        self.tally.add(event)
+        return "".join([f"data: {self._chunk}{to_json(choice).decode()}{self._chunk_end}\n\n"
+                        for choice in self._shape.deltas(event)])
 
     def end(self) -> str:
-        return self._envelope.end(self._tally.body())
+        last = f'data: {self._chunk}], "usage": {json.dumps(self._usage())}}}\n\n' if self._include_usage else ""
+        return last + "data: [DONE]\n\n"
 
-    def notes(self) -> dict[str, Any]:
-        body = self._tally.body()
-        return {name: body[name] for name in ("prompt_tokens", "completion_tokens")}
+    def _usage(self) -> dict[str, Any]:
+        usage = self.tally.usage
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "completion_tokens_details": {
+                "reasoning_tokens": usage.reasoning_tokens,
+                "accepted_prediction_tokens": usage.accepted_drafts,
+                "rejected_prediction_tokens": usage.rejected_drafts,
+            },
+        }
