@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import ipaddress
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import click
 import h11
 import httpx
 
+from tritium.config import is_loopback
 from tritium.core import PAGE_TOKENS, ConfigError, TritiumError
 
 MAX_CLIENTS, MAX_REQUESTS = 1024, 100_000
@@ -142,7 +142,7 @@ class LoadReport:
 def run_load(url: str, load: Load) -> LoadReport:
     """Send the load to the server at `url` and wait for its end. Raises `ConfigError` for a server that is not on
     this machine (unless allowed) or is not there."""
-    if not load.allow_remote and not _is_loopback(url):
+    if not load.allow_remote and not is_loopback(urlsplit(url).hostname or ""):
         raise ConfigError(f"{url} is not on this machine", hint="use 127.0.0.1, or --allow-remote if it is yours")
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Patient())) as runner:
         return runner.run(_Run(url, load).report())
@@ -408,14 +408,6 @@ def _bucket_quantiles(at_most: dict[float, float]) -> dict[str, float]:
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f} s"
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @click.command(help=__doc__)

@@ -32,6 +32,9 @@ COLUMNS: dict[str, tuple[_Column, ...]] = {
               *((f"{kind}.{q}", f"{kind.upper()} {q} ms", 1e3, ".2f") for kind in ("ttft", "tpot", "itl")
                 for q in ("p50", "p99")), ("errors", "errors", 1, "d"),
               ("step_us.gap", "gap us", 1, ".1f")),
+    "speculation": (("rows", "rows", 1, "d"), ("context", "context", 1, ",d"),
+                    ("tokens_per_second", "tokens/s", 1, ",.1f"), ("tokens_per_second_without", "without", 1, ",.1f"),
+                    ("ratio", "ratio", 1, ".3f"), ("tokens_per_forward", "a forward", 1, ".2f")),
     "cache": (("workload", "workload", 0, ""), ("requests", "requests", 1, ",d"), ("tokens", "prompt tokens", 1, ",d"),
               ("computed", "computed", 1, ",d"), ("fewest", "fewest", 1, ",d"), ("share", "% reused", 100, ".1f"),
               ("ratio", "speed, on / off", 1, ".3f")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tritium.chat import ChatFormat, load_chat
@@ -48,10 +48,10 @@ def run(config: EngineConfig, turns: Turns, *, rows: Sequence[int] = ROWS, conte
             yield {
                 "rows": count,
                 "context": context,
-                "tokens_per_second": round(statistics.median(speed for speed, _ in with_drafts), 1),
-                "tokens_per_second_without": round(statistics.median(speed for speed, _ in without), 1),
-                "ratio": round(statistics.median(a / b for (a, _), (b, _) in pairs), 3),
-                "tokens_per_forward": round(statistics.median(share for _, share in with_drafts), 2),
+                "tokens_per_second": statistics.median(speed for speed, _ in with_drafts),
+                "tokens_per_second_without": statistics.median(speed for speed, _ in without),
+                "ratio": statistics.median(a / b for (a, _), (b, _) in pairs),
+                "tokens_per_forward": statistics.median(share for _, share in with_drafts),
             }
 
 
@@ -89,8 +89,3 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> tu
     for i in range(len(prompts)):
         engine.abort(str(i))
     return made / seconds, made / row_steps
-
-
-def line(cell: Mapping[str, Any]) -> str:
-    return (f"{cell['rows']:>4} rows {cell['context']:>6} tokens  {cell['tokens_per_second']:>8.1f}  "
-            f"{cell['tokens_per_second_without']:>8.1f}  {cell['ratio']:>6.3f}  {cell['tokens_per_forward']:>5.2f}")

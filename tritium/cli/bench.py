@@ -28,21 +28,13 @@ def bench() -> None:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs of runs in each cell.")
 @options.engine_flags
 def speculation(rounds: int, **flags: Any) -> None:
-    """Decoding with drafts (--speculate) against decoding without, in cells of rows and context.
-
-    A table on stderr, ending in one line of JSON on stdout.
-    """
+    """Decoding with drafts (--speculate) against decoding without, in cells of rows and context."""
     config = options.engine_config(flags)
 
     from tritium.bench import speculation as benchmark
 
-    click.echo("                       with drafts   without   ratio  tokens per forward", err=True)
-    cells = []
-    for cell in benchmark.run(config, _turns, rounds=rounds):
-        cells.append(cell)
-        click.echo(benchmark.line(cell), err=True)
-    click.echo(json.dumps({"model": config.model, "speculate": config.speculate, "cells": cells,
-                           "forced_acceptance": config.benchmark_force_acceptance}))
+    _report("speculation", config, benchmark.run(config, _turns, rounds=rounds),
+            total=len(benchmark.ROWS) * len(benchmark.CONTEXTS))
 
 
 def _turns(seed: int, count: int = 60) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from tritium.core.errors import ConfigError
@@ -154,3 +155,11 @@ class Speculation:
 def flag(name: str) -> str:
     """The command-line spelling of a field: max_num_seqs -> --max-num-seqs."""
     return "--" + name.replace("_", "-")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

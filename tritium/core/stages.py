@@ -395,8 +395,6 @@ class EngineStats:
     """Rows of steps that gave tokens: tokens per forward of one request = generated_tokens / decode_rows."""
     draft_seconds_saved: float = 0.0
     """What speculation saved, by the cost model of `--speculate auto`; 0 without."""
-    attested: dict[str, float] = field(default_factory=dict)
-    """Ops that kernels serve: relative difference from their references, on this device, at the start."""
     forced_acceptance: float | None = None
     """The rate of --benchmark-force-acceptance: the answers are wrong."""
     seconds: dict[str, float] = field(default_factory=dict)

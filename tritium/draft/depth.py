@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from operator import itemgetter, mul
 
+import numpy as np
+
 from tritium.core import Request, RowPlan, StepPlan, StepResult
 
 _MARGIN = 1.04
@@ -172,49 +174,31 @@ class _Fit:
     """y ≈ w · x by least squares over fading observations; what they say nothing about stays as it was."""
 
     def __init__(self, size: int) -> None:
-        self._moments = [[0.0] * size for _ in range(size)]
-        self._products = [0.0] * size
-        self._scales = [1e-9] * size
-        self._weights = [0.0] * size
+        self._moments = np.zeros((size, size))
+        self._products, self._weights = np.zeros(size), np.zeros(size)
+        self._scales = np.full(size, 1e-9)
         self.known = 0
         """Observations so far."""
 
     def weight(self, i: int) -> float:
-        return self._weights[i]
+        return float(self._weights[i])
 
     def predict(self, x: Sequence[float]) -> float:
-        return max(1e-9, sum(w * value for w, value in zip(self._weights, x)))
+        return max(1e-9, float(self._weights @ x))
 
     def add(self, x: Sequence[float], y: float) -> None:
         self.known += 1
         if self.known > 4:  # a stray step (a page fault, another process) counts as half more than expected at most
             y = min(y, 1.5 * self.predict(x))
-        for i, value in enumerate(x):
-            self._scales[i] = max(_FADE * self._scales[i], value * value)
-            self._products[i] = _FADE * self._products[i] + value * y
-            self._moments[i] = [_FADE * m + value * other for m, other in zip(self._moments[i], x)]
+        seen = np.asarray(x, dtype=float)
+        self._scales = np.maximum(_FADE * self._scales, seen * seen)
+        self._products = _FADE * self._products + seen * y
+        self._moments = _FADE * self._moments + np.outer(seen, seen)
         # A pull towards the last weights, as strong as a twentieth of an observation along each axis.
-        pull = [0.05 * scale for scale in self._scales]
-        matrix = [[*row] for row in self._moments]
-        for i, strength in enumerate(pull):
-            matrix[i][i] += strength
-        right = [p + s * w for p, s, w in zip(self._products, pull, self._weights)]
-        self._weights = [max(0.0, w) for w in _solve(matrix, right)]
+        pull = 0.05 * self._scales
+        found = np.linalg.solve(self._moments + np.diag(pull), self._products + pull * self._weights)
+        self._weights = np.maximum(0.0, found)
 
 
 def _features(rows: Sequence[RowPlan], drafts: int) -> tuple[float, float, float, float]:
     return 1.0, len(rows), drafts, sum(len(row.pages) for row in rows)
-
-
-def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """x with matrix x = right; the matrix is symmetric and positive definite. Both are overwritten."""
-    size = len(right)
-    for i in range(size):
-        for j in range(i + 1, size):
-            factor = matrix[j][i] / matrix[i][i]
-            for k in range(i, size):
-                matrix[j][k] -= factor * matrix[i][k]
-            right[j] -= factor * right[i]
-    for i in reversed(range(size)):
-        right[i] = (right[i] - sum(matrix[i][k] * right[k] for k in range(i + 1, size))) / matrix[i][i]
-    return right

@@ -71,6 +71,7 @@ class Engine:
         self._began = 0.0
         """When the step under way began: its launch, or the end of the one before."""
         self.attested = dict(attested or {})
+        """Ops that kernels serve: relative difference from their references, on this device, at the start."""
         self._policy = policy
         self._files = files
         if files is not None:
@@ -277,7 +278,6 @@ class Engine:
             draft_proposed=tuple(self._proposed),
             draft_accepted=tuple(self._accepted),
             draft_seconds_saved=self._policy.seconds_saved if self._policy else 0.0,
-            attested=self.attested,
             forced_acceptance=self.runner.force_acceptance,
             seconds={"schedule": self._schedule_seconds, **self.runner.seconds},
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tritium.api import Limits
+from tritium.config import is_loopback
 from tritium.core import ConfigError
 
 LOG_FORMATS = ("text", "json", "none")
@@ -75,13 +75,6 @@ class Keyring:
             if hmac.compare_digest(digest, known):
                 found = name
         return found
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _digest(key: bytes) -> bytes:
