@@ -272,9 +272,8 @@ def write(directory: Path, **files: str | dict[str, Any]) -> Path:
 
 
 def test_where_a_template_is_found(tmp_path: Path) -> None:
-    assert not load_chat(write(tmp_path)).has_template
     with pytest.raises(RequestError, match="no chat template"):
-        load_chat(tmp_path).render([USER])
+        load_chat(write(tmp_path)).render([USER])
     write(tmp_path, tokenizer_config__json={"chat_template": "one {{ bos_token }}", "bos_token": {"content": "<s>"}})
     assert load_chat(tmp_path).render([USER]) == "one <s>"
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]

@@ -115,9 +115,16 @@ def stream(thinking: bool) -> TextStream:
         answer_tools=ToolParser(SCHEMAS), reasoning_tools=ToolParser(SCHEMAS))  # fmt: skip
 
 
+def push_text(parser: TextStream, text: str) -> TextDelta:
+    """More of the answer as text: no token is what the parser sees, but pieces of any length."""
+    out = TextDelta()
+    parser._take(text, out)
+    return out
+
+
 def read(pieces: Sequence[str], thinking: bool) -> tuple[str, str, list[tuple[str, str]]]:
     parser = stream(thinking)
-    return message([parser.push_text(piece) for piece in pieces] + [parser.push([], final=True)])
+    return message([push_text(parser, piece) for piece in pieces] + [parser.push([], final=True)])
 
 
 def cut(text: str, places: Sequence[int]) -> list[str]:
@@ -172,7 +179,7 @@ def test_strings_stream_and_other_values_come_whole() -> None:
     text = ("<tool_call>\n<function=write>\n<parameter=path>\n/tmp/a\n</parameter>\n<parameter=size>\n12\n</parameter>\n"
             "</function>\n</tool_call>")
     parser = stream(False)
-    shown = [piece.arguments for letter in text for piece in parser.push_text(letter).tool_deltas]
+    shown = [piece.arguments for letter in text for piece in push_text(parser, letter).tool_deltas]
     assert shown == ["", '{"path": "/', "t", "m", "p", "/", "a", '"', ', "size": 12', "}"]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,16 +92,13 @@ class Door:
         tokenizer itself puts around one."""
         if isinstance(prompts, str):
             return [self._encode_text(prompts, "prompt", add_special)]
-        if not isinstance(prompts, (list, tuple)):
-            raise RequestError("prompt must be a string, strings, token ids, or lists of token ids", param="prompt")
-        if not prompts:
-            raise RequestError("the prompt is empty", param="prompt")
-        if all(isinstance(item, str) for item in prompts):
-            return [self._encode_text(str(text), "prompt", add_special) for text in prompts]
-        if all(type(item) is int for item in prompts):
-            return [self._check_ids(prompts)]
-        if all(isinstance(item, (list, tuple)) for item in prompts):
-            return [self._check_ids(item) for item in prompts]
+        if isinstance(prompts, (list, tuple)):
+            if all(type(item) is int for item in prompts):
+                return [self._check_ids(prompts)]
+            if all(isinstance(item, str) for item in prompts):
+                return [self._encode_text(str(text), "prompt", add_special) for text in prompts]
+            if all(isinstance(item, (list, tuple)) for item in prompts):
+                return [self._check_ids(item) for item in prompts]
         raise RequestError("prompt must be a string, strings, token ids, or lists of token ids", param="prompt")
 
     def encode_chat(self, messages: Sequence[Message], tools: object = None, *, add_generation_prompt: bool = True,
@@ -156,7 +153,8 @@ class Door:
 
     def _answers(self, prompts: list[list[int]], sampling: SamplingParams, options: TextOptions, priority: int,
                  param: str) -> list[Answer]:
-        self._check_sampling(sampling)
+        self._check_vocabulary(sampling.logit_bias, "logit_bias")
+        self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         if len(prompts) * sampling.n > MAX_CHOICES:
             raise RequestError(f"{len(prompts)} prompts with n = {sampling.n} are {len(prompts) * sampling.n} answers, "
                                f"and one request may ask for {MAX_CHOICES}", param=param)
@@ -214,18 +212,14 @@ class Door:
     def _check_ids(self, ids: Sequence[Any], param: str = "prompt") -> list[int]:
         if not ids:
             raise RequestError("the prompt is empty", param=param)
+        self._check_vocabulary(ids, param)
+        return list(ids)
+
+    def _check_vocabulary(self, ids: Iterable[Any], param: str) -> None:
         for token in ids:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise RequestError(f"{param} has a token id {token!r} outside the vocabulary "
                                    f"(0 to {self.vocab_size - 1})", param=param)
-        return list(ids)
-
-    def _check_sampling(self, sampling: SamplingParams) -> None:
-        for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(sampling, name):
-                if not 0 <= token < self.vocab_size:
-                    raise RequestError(f"{name} has a token id {token} outside the vocabulary "
-                                       f"(0 to {self.vocab_size - 1})", param=name)
 
     def _check_length(self, length: int, sampling: SamplingParams, param: str) -> None:
         limit, budget = self.max_model_len, sampling.max_tokens

@@ -35,10 +35,6 @@ class ChatFormat:
         self._tool_parser = TOOL_PARSERS[tool_call_parser]
         self._template = template
 
-    @property
-    def has_template(self) -> bool:
-        return self._template is not None
-
     def template_reads(self, name: str) -> bool:
         """Whether the chat template knows a variable."""
         return self._template is not None and name in self._template.names

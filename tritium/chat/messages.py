@@ -23,7 +23,7 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
     Raises `RequestError`, its `param` like `messages[2].content`, for an unknown role or field, a wrong type,
     missing content, arguments that are no JSON object, a lone surrogate.
     """
-    if not _is_list(messages):
+    if not is_list(messages):
         raise RequestError("messages must be a list of messages", param="messages")
     if not messages:
         raise RequestError("messages must not be empty", param="messages", hint="send at least one user message")
@@ -37,17 +37,17 @@ def check_tools(tools: object) -> list[dict[str, Any]]:
     """
     if tools is None:
         return []
-    if not _is_list(tools):
+    if not is_list(tools):
         raise RequestError("tools must be a list", param="tools")
     for i, tool in enumerate(tools):
         where = f"tools[{i}]"
-        function = _object(_object(tool, where).get("function"), f"{where}.function")
+        function = as_object(as_object(tool, where).get("function"), f"{where}.function")
         if tool.get("type", "function") != "function":
             raise RequestError(f"{where}.type must be function, got {tool['type']!r}", param=f"{where}.type")
         if not check_text(function.get("name"), f"{where}.function.name"):
             raise RequestError(f"{where}.function.name must not be empty", param=f"{where}.function.name")
         if function.get("parameters") is not None:
-            _object(function["parameters"], f"{where}.function.parameters")
+            as_object(function["parameters"], f"{where}.function.parameters")
         _check_json(tool, where)
     return [dict(tool) for tool in tools]
 
@@ -59,14 +59,14 @@ def schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
 
 def images_in(messages: object) -> bool:
     """Whether any part of the messages is an image or a video."""
-    contents = [m.get("content") for m in messages if isinstance(m, Mapping)] if _is_list(messages) else []
-    parts = [part for content in contents if _is_list(content) for part in content if isinstance(part, Mapping)]
+    contents = [m.get("content") for m in messages if isinstance(m, Mapping)] if is_list(messages) else []
+    parts = [part for content in contents if is_list(content) for part in content if isinstance(part, Mapping)]
     return any(part.get("type") in _MEDIA_PARTS or any(kind in part for kind in _MEDIA_PARTS) for part in parts)
 
 
 def check_variables(variables: object) -> dict[str, Any]:
     """Extra variables of the template. Raises `RequestError` for no JSON object, or one with a reserved name."""
-    given = dict(_object(variables, "chat_template_kwargs"))
+    given = dict(as_object(variables, "chat_template_kwargs"))
     for name in ("messages", "tools", "documents", "add_generation_prompt"):
         if name in given:
             raise RequestError(f"chat_template_kwargs must not set {name}", param=f"chat_template_kwargs.{name}")
@@ -75,7 +75,7 @@ def check_variables(variables: object) -> dict[str, Any]:
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
-    given = {key: value for key, value in _object(message, where).items() if value is not None}
+    given = {key: value for key, value in as_object(message, where).items() if value is not None}
     role = given.get("role")
     if role not in ROLES:
         known = f"must be one of {', '.join(ROLES)}"
@@ -102,7 +102,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
 
 
 def _content(content: object, where: str) -> str | list[dict[str, Any]]:
-    if not _is_list(content):
+    if not is_list(content):
         if not isinstance(content, str):
             got = type(content).__name__
             raise RequestError(f"{where} must be a string or a list of parts, got {got}", param=where)
@@ -110,7 +110,7 @@ def _content(content: object, where: str) -> str | list[dict[str, Any]]:
     parts = []
     for i, part in enumerate(content):
         at = f"{where}[{i}]"
-        part = _object(part, at)
+        part = as_object(part, at)
         kind = part.get("type")
         if kind == "text":
             check_text(part.get("text"), f"{at}.text")
@@ -123,12 +123,12 @@ def _content(content: object, where: str) -> str | list[dict[str, Any]]:
 
 
 def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    if not _is_list(calls):
+    if not is_list(calls):
         raise RequestError(f"{where} must be a list", param=where)
     result = []
     for i, call in enumerate(calls):
         at = f"{where}[{i}]"
-        function = _object(_object(call, at).get("function"), f"{at}.function")
+        function = as_object(as_object(call, at).get("function"), f"{at}.function")
         check_text(function.get("name"), f"{at}.function.name")
         arguments = _call_arguments(function.get("arguments"), f"{at}.function.arguments")
         result.append({**call, "function": {**function, "arguments": arguments}})
@@ -142,17 +142,17 @@ def _call_arguments(arguments: object, where: str) -> Mapping[str, Any]:
     value = parse_json(check_text(arguments, where)) if isinstance(arguments, str) else arguments
     if value is UNFIT:
         raise RequestError(f"{where} is not valid JSON", param=where, hint="send a JSON object as a string")
-    return _object(value, where)
+    return as_object(value, where)
 
 
-def _object(value: object, where: str) -> Mapping[str, Any]:
+def as_object(value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         what = "is missing" if value is None else f"must be an object, got {type(value).__name__}"
         raise RequestError(f"{where} {what}", param=where)
     return value
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 

@@ -82,12 +82,6 @@ class TextStream:
                 self._finish(self._stops.flush(), out)
         return out
 
-    def push_text(self, text: str) -> TextDelta:
-        """More of the answer that comes as text, not as tokens."""
-        out = TextDelta()
-        self._take(text, out)
-        return out
-
     def _token(self, id: int, out: TextDelta) -> None:
         splitter = self._splitter
         if splitter is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from tritium.api import Completion
+from tritium.chat.messages import as_object, is_list
+from tritium.chat.tokenizer import check_text
 from tritium.core import Event, RequestError
 from tritium.server.convert import dumps
 
@@ -43,22 +45,6 @@ def sse(kind: str, body: Mapping[str, Any]) -> str:
     return f"event: {kind}\ndata: {dumps({'type': kind, **body})}\n\n"
 
 
-def is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, list)
-
-
-def mapping(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise RequestError(f"{where} must be an object", param=where)
-    return value
-
-
-def string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"{where} must be a string", param=where)
-    return value
-
-
 def join_text(content: object, where: str, kinds: Sequence[str]) -> str:
     """The text of a string or of a list of text blocks; None is empty."""
     if content is None or isinstance(content, str):
@@ -68,10 +54,10 @@ def join_text(content: object, where: str, kinds: Sequence[str]) -> str:
     texts = []
     for i, block in enumerate(content):
         at = f"{where}[{i}]"
-        if mapping(block, at).get("type") not in kinds:
+        if as_object(block, at).get("type") not in kinds:
             raise RequestError(f"{at}.type must be {' or '.join(kinds)}, got {block.get('type')!r:.50}",
                                param=f"{at}.type")
-        texts.append(string(block.get("text"), f"{at}.text"))
+        texts.append(check_text(block.get("text"), f"{at}.text"))
     return "".join(texts)
 
 

@@ -10,8 +10,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tritium.api import Completion
+from tritium.chat.messages import as_object, is_list
+from tritium.chat.tokenizer import check_text
 from tritium.core import Event, FinishReason, RequestError
-from tritium.server.blocks import Piece, blocks, function_call, is_list, join_text, mapping, pieces, sse, string
+from tritium.server.blocks import Piece, blocks, function_call, join_text, pieces, sse
 from tritium.server.protocol import Strict
 from tritium.server.writers import Tally
 
@@ -89,7 +91,7 @@ def _messages(request: CountRequest) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for i, message in enumerate(request.messages):
         at = f"messages[{i}]"
-        role, content = mapping(message, at).get("role"), message.get("content")
+        role, content = as_object(message, at).get("role"), message.get("content")
         if unknown := message.keys() - {"role", "content"}:
             raise RequestError(f"unknown field: {at}.{min(unknown)}", param=f"{at}.{min(unknown)}")
         if role not in ("user", "assistant", "system"):
@@ -111,13 +113,13 @@ def _user(role: str, content: Sequence[Any], where: str) -> list[dict[str, Any]]
     results, parts = [], []
     for i, block in enumerate(content):
         at = f"{where}[{i}]"
-        kind = mapping(block, at).get("type")
+        kind = as_object(block, at).get("type")
         if kind == "tool_result":
             text = join_text(block.get("content"), f"{at}.content", ("text",))
             results.append({"role": "tool", "content": text,
-                            "tool_call_id": string(block.get("tool_use_id"), f"{at}.tool_use_id")})
+                            "tool_call_id": check_text(block.get("tool_use_id"), f"{at}.tool_use_id")})
         elif kind == "text":
-            parts.append({"type": "text", "text": string(block.get("text"), f"{at}.text")})
+            parts.append({"type": "text", "text": check_text(block.get("text"), f"{at}.text")})
         elif kind in ("image", "document"):
             raise RequestError(f"{at}: messages must be text only", param=at)
         else:
@@ -130,23 +132,23 @@ def _assistant(content: Sequence[Any], where: str) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": ""}
     for i, block in enumerate(content):
         at = f"{where}[{i}]"
-        kind = mapping(block, at).get("type")
+        kind = as_object(block, at).get("type")
         if kind == "text":
-            message["content"] += string(block.get("text"), f"{at}.text")
+            message["content"] += check_text(block.get("text"), f"{at}.text")
         elif kind == "thinking":
-            message["reasoning_content"] = message.get("reasoning_content", "") + string(
+            message["reasoning_content"] = message.get("reasoning_content", "") + check_text(
                 block.get("thinking"), f"{at}.thinking")
         elif kind == "tool_use":
             message.setdefault("tool_calls", []).append(function_call(
-                string(block.get("id"), f"{at}.id"), string(block.get("name"), f"{at}.name"),
-                mapping(block.get("input"), f"{at}.input")))
+                check_text(block.get("id"), f"{at}.id"), check_text(block.get("name"), f"{at}.name"),
+                as_object(block.get("input"), f"{at}.input")))
         elif kind != "redacted_thinking":
             raise RequestError(f"{at}.type must be text, thinking or tool_use, got {kind!r:.50}", param=f"{at}.type")
     return message
 
 
 def _tool(tool: object, at: str) -> dict[str, Any]:
-    given = mapping(tool, at)
+    given = as_object(tool, at)
     if given.get("type") not in (None, "custom"):
         raise RequestError(f"{at}.type {given['type']!r:.50} is not supported (only 'custom' is)", param=f"{at}.type")
     function = {"name": given.get("name"), "description": given.get("description"),

@@ -10,8 +10,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tritium.api import Completion
+from tritium.chat.messages import as_object
+from tritium.chat.tokenizer import check_text
 from tritium.core import Event, FinishReason, RequestError
-from tritium.server.blocks import Piece, blocks, function_call, join_text, mapping, pieces, sse, string
+from tritium.server.blocks import Piece, blocks, function_call, join_text, pieces, sse
 from tritium.server.protocol import StreamOptions, Strict
 from tritium.server.writers import Tally
 
@@ -92,7 +94,7 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
     if not isinstance(items, list):
         raise RequestError("input must be a string or a list of items", param="input")
     for i, item in enumerate(items):
-        _take(out, mapping(item, f"input[{i}]"), f"input[{i}]")
+        _take(out, as_object(item, f"input[{i}]"), f"input[{i}]")
     return out
 
 
@@ -101,17 +103,16 @@ def _take(out: list[dict[str, Any]], item: Mapping[str, Any], at: str) -> None:
     kind, role = item.get("type", "message"), item.get("role")
     if kind == "function_call_output":
         text = join_text(item.get("output"), f"{at}.output", _TEXTS)
-        out.append({"role": "tool", "tool_call_id": string(item.get("call_id"), f"{at}.call_id"), "content": text})
+        out.append({"role": "tool", "tool_call_id": check_text(item.get("call_id"), f"{at}.call_id"), "content": text})
     elif kind == "reasoning":
         thought = item.get("content") or [
-            {**mapping(part, f"{at}.summary"), "type": "reasoning_text"} for part in item.get("summary") or []]
+            {**as_object(part, f"{at}.summary"), "type": "reasoning_text"} for part in item.get("summary") or []]
         text = join_text(thought, f"{at}.content", ("reasoning_text",))
         turn = _turn(out)
         turn["reasoning_content"] = turn.get("reasoning_content", "") + text
     elif kind == "function_call":
-        call = function_call(string(item.get("call_id"), f"{at}.call_id"), string(item.get("name"), f"{at}.name"),
-                             string(item.get("arguments"), f"{at}.arguments"))
-        _turn(out).setdefault("tool_calls", []).append(call)
+        told = [check_text(item.get(name), f"{at}.{name}") for name in ("call_id", "name", "arguments")]
+        _turn(out).setdefault("tool_calls", []).append(function_call(*told))
     elif kind == "message" and role == "assistant":
         _turn(out)["content"] += join_text(item.get("content"), f"{at}.content", _TEXTS)
     elif kind == "message" and role in ("user", "system", "developer"):
@@ -130,7 +131,7 @@ def _turn(out: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tool(tool: object, at: str) -> dict[str, Any]:
-    given = mapping(tool, at)
+    given = as_object(tool, at)
     if given.get("type") != "function":
         raise RequestError(f"{at}.type {given.get('type')!r:.50} is not supported (only 'function' is)",
                            param=f"{at}.type")
