@@ -55,10 +55,10 @@ def test_another_process_gives_the_same_tokens():
             return await asyncio.gather(*(ask(session, seed) for seed in range(8)))
 
     driver = EngineProcess(rambler)
-    assert driver.pid != os.getpid()
+    assert driver._child.process.pid != os.getpid()
     there = asyncio.run(answers(over(driver)))
     assert there == asyncio.run(answers(Session.over(rambles(), CHAT, seed=0)))
-    assert gone(driver.pid)
+    assert gone(driver._child.process.pid)
 
 
 def test_what_stops_the_loading_reaches_the_caller():
@@ -78,7 +78,7 @@ def test_a_death_is_told_within_a_second_and_another_engine_takes_over(how):
             if how == "killed":
                 while session.stats().running < 4:
                     await asyncio.sleep(0.01)
-                os.kill(driver.pid, signal.SIGKILL)
+                os.kill(driver._child.process.pid, signal.SIGKILL)
             killed = time.monotonic()
             outcomes = await asyncio.gather(*asked, return_exceptions=True)
             assert how == "raises" or time.monotonic() - killed < 1.0
@@ -102,7 +102,7 @@ def test_deaths_leak_nothing():
             for _ in range(3):
                 await ask(session, max_tokens=3)
                 held = descriptors()
-                os.kill(session._driver.pid, signal.SIGKILL)
+                os.kill(session._driver._child.process.pid, signal.SIGKILL)
                 while session.alive:
                     await asyncio.sleep(0.01)
                 while not session.alive:
@@ -152,8 +152,8 @@ def test_signals_of_the_terminal_are_the_parents_business():
             answer = asyncio.ensure_future(ask(session, max_tokens=30))
             while not session.stats().running:
                 await asyncio.sleep(0.01)
-            os.kill(driver.pid, signal.SIGINT)
-            os.kill(driver.pid, signal.SIGTERM)
+            os.kill(driver._child.process.pid, signal.SIGINT)
+            os.kill(driver._child.process.pid, signal.SIGTERM)
             assert len(await answer) == 30
 
     asyncio.run(main())

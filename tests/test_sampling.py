@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from tritium import sampling
 from tritium.core import RowPlan, SamplingParams, Site
 from tritium.ops.sampling import _draw, logprobs, philox4x32, sample, uniform
-from tritium.sampling import Sampled, Sampler, prompt_logprobs
+from tritium.sampling import Sampled, prompt_logprobs
 
 INF = math.inf
 
@@ -46,7 +47,7 @@ def draw(logits: Sequence[float] | torch.Tensor, **params: object) -> int | None
     """One draw from one row of logits."""
     where = {key: params.pop(key) for key in ("seed", "position", "prompt", "output", "banned") if key in params}
     x = torch.as_tensor(logits, dtype=torch.float32)
-    [one] = Sampler().sample([row(SamplingParams(**params), **where)], x[None])
+    [one] = sampling.draw([row(SamplingParams(**params), **where)], x[None])
     return one.token
 
 
@@ -195,7 +196,7 @@ def test_draws_follow_the_plain_statement(seed, case):
     rng = random.Random(f"{seed}/{case}")
     plans = [random_row(rng, 41, SamplingParams(**CASES[case])) for _ in range(60)]
     x = random_logits(rng, 60, 41)
-    for got, logits, plan in zip(Sampler().sample(plans, x), x.tolist(), plans, strict=True):
+    for got, logits, plan in zip(sampling.draw(plans, x), x.tolist(), plans, strict=True):
         check_draw(got, logits, plan)
 
 
@@ -218,7 +219,7 @@ def test_rows_that_ask_for_different_things_share_a_call(seed):
     for vocab in (29, 300):
         plans = [random_row(rng, vocab, any_params(rng)) for _ in range(300)]
         x = random_logits(rng, 300, vocab)
-        for got, logits, plan in zip(Sampler().sample(plans, x), x.tolist(), plans, strict=True):
+        for got, logits, plan in zip(sampling.draw(plans, x), x.tolist(), plans, strict=True):
             check_draw(got, logits, plan)
             assert (got.logprob is None) == (plan.sampling.logprobs is None)
 
@@ -228,7 +229,7 @@ def test_a_flat_top_p_over_a_large_vocabulary(seed):
     rng = random.Random(seed)
     x = torch.randn(3, 250_001, generator=torch.Generator().manual_seed(seed)) * 0.1
     plans = [random_row(rng, 250_001, SamplingParams(top_p=top_p)) for top_p in (0.9, 0.01, 0.5)]
-    for got, logits, plan in zip(Sampler().sample(plans, x), x.tolist(), plans, strict=True):
+    for got, logits, plan in zip(sampling.draw(plans, x), x.tolist(), plans, strict=True):
         check_draw(got, logits, plan)
 
 
@@ -310,8 +311,8 @@ def test_a_row_that_is_not_finite_fails_alone(bad, temperature):
     x = torch.zeros(3, 50)
     x[1, 7] = bad
     params = SamplingParams(temperature=temperature, top_p=0.9, logprobs=2)
-    clean = Sampler().sample([row(params)], x[:1])[0]
-    got = Sampler().sample([row(params)] * 3, x)
+    clean = sampling.draw([row(params)], x[:1])[0]
+    got = sampling.draw([row(params)] * 3, x)
     assert [one.token is None for one in got] == [False, True, False]
     assert got[0] == got[2] == clean
     assert (got[1].token, got[1].logprob) == (None, None)
@@ -321,12 +322,12 @@ def test_logits_are_left_as_they_are(seed):
     rng = random.Random(seed)
     x = random_logits(rng, 40, 60)
     before = x.clone()
-    Sampler().sample([random_row(rng, 60, any_params(rng)) for _ in range(40)], x)
+    sampling.draw([random_row(rng, 60, any_params(rng)) for _ in range(40)], x)
     assert torch.equal(x, before)
 
 
 def test_no_rows_no_draws():
-    assert Sampler().sample([], torch.empty(0, 10)) == []
+    assert sampling.draw([], torch.empty(0, 10)) == []
 
 
 @pytest.mark.parametrize(("u", "token"), [(0.0, 1), (1 - 2.0**-53, 4)])
@@ -349,10 +350,10 @@ def test_a_row_alone_equals_the_row_among_31_others_to_the_bit(seed, dtype, thre
         for vocab in (77, 2048, 50_001):
             plans = [random_row(rng, vocab, any_params(rng)) for _ in range(32)]
             x = random_logits(rng, 32, vocab).to(dtype)
-            together = Sampler().sample(plans, x)
-            assert together == [Sampler().sample([plan], x[i : i + 1])[0] for i, plan in enumerate(plans)]
+            together = sampling.draw(plans, x)
+            assert together == [sampling.draw([plan], x[i : i + 1])[0] for i, plan in enumerate(plans)]
             order = rng.sample(range(32), 32)
-            shuffled = Sampler().sample([plans[i] for i in order], x[order])
+            shuffled = sampling.draw([plans[i] for i in order], x[order])
             assert shuffled == [together[i] for i in order]
     finally:
         torch.set_num_threads(before)
@@ -362,9 +363,9 @@ def test_rows_beyond_one_slice_of_a_large_vocabulary_equal_each_alone(seed):
     rng = random.Random(seed)
     plans = [random_row(rng, 250_000, any_params(rng)) for _ in range(20)]
     x = random_logits(rng, 20, 250_000)
-    together = Sampler().sample(plans, x)
+    together = sampling.draw(plans, x)
     for i in (0, 7, 16, 19):
-        assert together[i] == Sampler().sample([plans[i]], x[i : i + 1])[0]
+        assert together[i] == sampling.draw([plans[i]], x[i : i + 1])[0]
 
 
 def test_padding_the_vocabulary_changes_no_draw(seed):
@@ -372,7 +373,7 @@ def test_padding_the_vocabulary_changes_no_draw(seed):
     plans = [random_row(rng, 100, any_params(rng)) for _ in range(64)]
     x = random_logits(rng, 64, 100)
     padded = torch.cat([x, torch.full((64, 28), -INF)], -1)
-    assert [s.token for s in Sampler().sample(plans, x)] == [s.token for s in Sampler().sample(plans, padded)]
+    assert [s.token for s in sampling.draw(plans, x)] == [s.token for s in sampling.draw(plans, padded)]
 
 
 def test_a_draw_depends_on_seed_and_position_and_on_nothing_else():
@@ -435,7 +436,7 @@ def test_logprobs_ranks_and_alternatives(seed, dtype):
 def test_logprobs_are_of_the_raw_distribution_whatever_the_filters_do():
     x = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
     params = SamplingParams(temperature=0.1, top_k=1, logit_bias={3: 100.0}, repetition_penalty=2.0, logprobs=2)
-    [got] = Sampler().sample([row(params, prompt=[1], output=[1])], x)
+    [got] = sampling.draw([row(params, prompt=[1], output=[1])], x)
     want = numpy_logprobs(x)[0]
     assert got.token == 3
     assert got.logprob is not None
@@ -447,7 +448,7 @@ def test_logprobs_are_of_the_raw_distribution_whatever_the_filters_do():
 
 def test_each_row_gets_as_many_alternatives_as_it_asked_for():
     plans = [row(SamplingParams(logprobs=k)) for k in (None, 0, 3, 20)]
-    got = Sampler().sample(plans, torch.zeros(4, 6))
+    got = sampling.draw(plans, torch.zeros(4, 6))
     assert [None if s.logprob is None else len(s.logprob.top) for s in got] == [None, 0, 3, 6]
 
 

@@ -54,11 +54,6 @@ class EngineProcess:
             self._child.end()
             raise
 
-    @property
-    def pid(self) -> int:
-        """Of the child that serves now."""
-        return self._child.process.pid
-
     def start(self, tell: Tell) -> None:
         self._watcher = asyncio.ensure_future(self._watch(tell))
 

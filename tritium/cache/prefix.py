@@ -180,7 +180,9 @@ class PrefixCache:
         sequences part. pages_evicted: KV was there. never_seen: the rest.
         """
         end = match.kv_length - match.kv_length % PAGE_TOKENS
-        path = self._hash(ids, end)
+        path = 0
+        for start in range(0, end, PAGE_TOKENS):
+            path = hash((path, ids(start, start + PAGE_TOKENS)))
         while end + PAGE_TOKENS <= length:
             path = hash((path, ids(end, end + PAGE_TOKENS)))
             if path not in self._ghost_pages:
@@ -514,12 +516,6 @@ class PrefixCache:
             self.num_evictable += 1
             if not node.nodes:
                 self._leaves[node] = None
-
-    def _hash(self, ids: Tokens, end: int) -> int:
-        path = 0
-        for start in range(0, end, PAGE_TOKENS):
-            path = hash((path, ids(start, start + PAGE_TOKENS)))
-        return path
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tritium.chat.constraint import Grammars
 from tritium.chat.tags import END_TOOL_CALL, TOOL_CALL
-from tritium.chat.tools import alternatives, literals_of, types_of
+from tritium.chat.tools import alternatives, as_mapping, literals_of, types_of
 from tritium.core.errors import RequestError
 
 MAX_DEPTH = 64
@@ -161,14 +161,14 @@ class _Function:
         known = _ROOT_KEYS | _NOTES
         if self._strict and (odd := [key for key in schema if key not in known]):
             raise RequestError(f"{self._where}.{odd[0]} is not supported in a strict tool", param=self._where)
-        properties = _mapping(schema.get("properties"))
+        properties = as_mapping(schema.get("properties"))
         required = [name for name in _list(schema.get("required")) if isinstance(name, str)]
         parts = [_quote(f"\n<function={self._name}>\n")]
         for i, name in enumerate([*properties, *(name for name in required if name not in properties)]):
             if any(symbol in name for symbol in "<>\n") or name != name.strip():
                 raise RequestError(f"{self._where}.properties has a name that no call can spell: {name!r}",
                                    param=self._where)
-            value = self._value(i, _mapping(properties.get(name)), f"{self._where}.properties.{name}")
+            value = self._value(i, as_mapping(properties.get(name)), f"{self._where}.properties.{name}")
             parts.append(f"({_quote(f'<parameter={name}>{chr(10)}')} {value}){'' if name in required else '?'}")
         if schema and "properties" not in schema and schema.get("additionalProperties", True) is not False:
             self._lines.append(f'{self._rule("any")}: "<parameter=" /[a-zA-Z_][a-zA-Z0-9_]*/ ">\\n" '
@@ -266,7 +266,7 @@ def _choices(
     members = schema.get("anyOf", schema.get("oneOf"))
     if isinstance(members, list) and members and schema.keys() - _NOTES <= {"anyOf", "oneOf"}:
         for member in members:
-            yield from _choices(_mapping(member), root, above)
+            yield from _choices(as_mapping(member), root, above)
     elif "$ref" in schema and len(resolved := alternatives(schema, root)) > 1 and resolved[1] is not schema:
         target = resolved[1]
         if "$ref" in target:  # a chain of references: left to the library
@@ -299,7 +299,7 @@ def _schema_grammar(schema: Any, param: str, grammars: Grammars, *, lenient: boo
 
 def _culprit(schema: Any, root: Any, error: Exception, compiled: Callable[[Any], str]) -> tuple[list[str], str]:
     """The innermost part of a schema that does not compile by itself, and why."""
-    shared = {key: root[key] for key in ("$defs", "definitions") if key in _mapping(root)}
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in as_mapping(root)}
     for path, part in _parts(schema):
         try:
             compiled({**part, **(shared if path[0] not in shared else {})})
@@ -331,15 +331,15 @@ def _as_object(schema: Any) -> Any:
 
 def _parts(schema: Any) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
     for key in ("properties", "patternProperties", "$defs", "definitions"):
-        for name, part in _mapping(_mapping(schema).get(key)).items():
+        for name, part in as_mapping(as_mapping(schema).get(key)).items():
             if isinstance(part, Mapping):
                 yield [key, name], part
     for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
-        for i, part in enumerate(_list(_mapping(schema).get(key))):
+        for i, part in enumerate(_list(as_mapping(schema).get(key))):
             if isinstance(part, Mapping):
                 yield [f"{key}[{i}]"], part
     for key in ("items", "additionalProperties"):
-        if isinstance(part := _mapping(schema).get(key), Mapping):
+        if isinstance(part := as_mapping(schema).get(key), Mapping):
             yield [key], part
 
 
@@ -358,10 +358,6 @@ def check_size(value: Any, param: str) -> None:
 
 def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _list(value: Any) -> list[Any]:

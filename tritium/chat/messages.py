@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from tritium.chat.tokenizer import check_text, one_line
+from tritium.chat.tokenizer import check_text
 from tritium.chat.tools import UNFIT, parse_json
-from tritium.core.errors import RequestError
+from tritium.core.errors import RequestError, one_line
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"})

@@ -13,8 +13,7 @@ from jinja2.ext import loopcontrols
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tritium.chat.tokenizer import one_line
-from tritium.core.errors import CheckpointError, RequestError
+from tritium.core.errors import CheckpointError, RequestError, one_line
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from tritium.core.errors import CheckpointError, RequestError
+from tritium.core.errors import CheckpointError, RequestError, one_line
 
 
 class Tokenizer:
@@ -46,8 +46,7 @@ class Tokenizer:
         """
         check_text(text, "prompt")
         # The batch form releases the GIL: a prompt of megabytes does not hold up the other requests.
-        ids: list[int] = self._inner.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
-        return ids
+        return self._inner.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; broken UTF-8 becomes U+FFFD, ids without a token are left out.
@@ -61,22 +60,18 @@ class Tokenizer:
 
     def text(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """`decode` of what are known to be ids: this runs for every token."""
-        text: str = self._inner.decode(ids, skip_special_tokens=skip_special)
-        return text
+        return self._inner.decode(ids, skip_special_tokens=skip_special)
 
     def serialized(self) -> str:
         """As the JSON of `tokenizer.json`."""
-        text: str = self._inner.to_str()
-        return text
+        return self._inner.to_str()
 
     def token(self, id: int) -> str | None:
         """The vocabulary entry of an id (not its text); None when there is none."""
-        entry: str | None = self._inner.id_to_token(id)
-        return entry
+        return self._inner.id_to_token(id)
 
     def token_id(self, token: str) -> int | None:
-        id: int | None = self._inner.token_to_id(token)
-        return id
+        return self._inner.token_to_id(token)
 
 
 def check_text(text: object, param: str) -> str:
@@ -92,7 +87,3 @@ def check_text(text: object, param: str) -> str:
             hint="send valid Unicode",
         ) from None
     return text
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

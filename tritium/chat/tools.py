@@ -137,7 +137,7 @@ class _Call:
         self.call = ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, {})
         self.ended = False
         self._schema = schema
-        self._properties = _mapping(schema.get("properties"))
+        self._properties = as_mapping(schema.get("properties"))
         self._written = [written]
         self._parameter: str | None = None
         """Whose value is being read."""
@@ -261,7 +261,7 @@ class _Call:
     @property
     def _declared(self) -> Mapping[str, Any]:
         assert self._parameter is not None
-        return _mapping(self._properties.get(self._parameter, self._schema.get("additionalProperties")))
+        return as_mapping(self._properties.get(self._parameter, self._schema.get("additionalProperties")))
 
     def _take(self, text: str, out: list[str]) -> None:
         if not text:
@@ -392,11 +392,11 @@ def alternatives(schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[Map
         if isinstance(reference, str) and reference.startswith("#/"):
             target: Any = root
             for key in reference[2:].split("/"):
-                target = _mapping(target).get(key.replace("~1", "/").replace("~0", "~"))
-            waiting.append(_mapping(target))
+                target = as_mapping(target).get(key.replace("~1", "/").replace("~0", "~"))
+            waiting.append(as_mapping(target))
         for key in ("anyOf", "oneOf", "allOf"):
             members = schema.get(key)
-            waiting.extend(map(_mapping, members if isinstance(members, Sequence) else ()))
+            waiting.extend(map(as_mapping, members if isinstance(members, Sequence) else ()))
     return list(found.values())
 
 
@@ -414,5 +414,6 @@ def literals_of(schema: Mapping[str, Any]) -> list[Any]:
     return (list(enum) if isinstance(enum, Sequence) else []) + ([schema["const"]] if "const" in schema else [])
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """`value`, or nothing where it is no mapping: schemas may hold anything."""
     return value if isinstance(value, Mapping) else {}

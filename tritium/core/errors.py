@@ -41,3 +41,8 @@ class RequestError(TritiumError):
 
 class EngineDeadError(TritiumError):
     """The engine stopped because of an internal failure; nothing more can be served."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tritium.config import EngineConfig
-from tritium.core.errors import CheckpointError, ConfigError
+from tritium.core.errors import CheckpointError, ConfigError, one_line
 from tritium.models.config import ModelConfig, parse_config
 from tritium.models.dummy import draw_parameters
 from tritium.models.families import family_config
@@ -156,7 +156,7 @@ def _download(model: str, revision: str | None, download_dir: str | None, files:
         raise CheckpointError(f"{at} is not in the local cache and the hub cannot be reached",
                               hint="check the network, or give a local directory") from e
     except (errors.HfHubHTTPError, OSError) as e:
-        raise CheckpointError(f"downloading {at} failed: {_one_line(e)}", hint="run again to resume") from e
+        raise CheckpointError(f"downloading {at} failed: {one_line(e)}", hint="run again to resume") from e
 
 
 def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Checkpoint:
@@ -302,7 +302,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name}", hint="give a directory with a checkpoint in Hugging Face format"
         ) from e
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(e)}", hint=_AGAIN) from e
+        raise CheckpointError(f"{path} cannot be read: {one_line(e)}", hint=_AGAIN) from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object", hint=_AGAIN)
     return value
@@ -351,7 +351,7 @@ def _opened(file: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as e:
         if file.is_file() and file.open("rb").read(24).startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{file} is a git-lfs pointer, not weights", hint="run `git lfs pull`") from e
-        raise CheckpointError(f"{file} is damaged or truncated: {_one_line(e)}", hint=_AGAIN) from e
+        raise CheckpointError(f"{file} is damaged or truncated: {one_line(e)}", hint=_AGAIN) from e
 
 
 def _header(file: Path) -> list[StoredTensor]:
@@ -451,7 +451,3 @@ def _some(names: Iterable[str]) -> str:
     names = list(names)
     rest = f", ... ({len(names)} in all)" if len(names) > 10 else ""
     return ", ".join(names[:10]) + rest
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

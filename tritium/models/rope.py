@@ -56,5 +56,4 @@ def _attention_factor(rope: RopeConfig) -> float:
 
 def _f32(x: float) -> float:
     """x rounded to float32."""
-    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
-    return rounded
+    return float(struct.unpack("f", struct.pack("f", x))[0])

@@ -67,10 +67,6 @@ class Spans:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     @cached_property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-    @cached_property
     def num_short(self) -> int:
         """Rows of at most SHORT_ROW tokens, which kernels want first."""
         count = sum(length <= SHORT_ROW for length in self.lengths)

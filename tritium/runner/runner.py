@@ -25,7 +25,7 @@ from tritium.ops.spans import Spans
 from tritium.runner.flight import Flight, in_order, landed
 from tritium.runner.graphs import Graphs, Replay, sizes
 from tritium.runner.states import States
-from tritium.sampling import Sampled, Sampler, prompt_logprobs
+from tritium.sampling import Sampled, draw, prompt_logprobs
 
 _PROMPTS = (33, 64, 200, 256)
 """Tokens of prompts to compile for."""
@@ -45,7 +45,6 @@ class Runner:
         self.model = model
         self.caches = caches
         self.states = States(caches, places=host_places)
-        self.sampler = Sampler()
         self.run_head = run_head and model.mtp is not None
         self.force_acceptance = force_acceptance
         self.graphs: Graphs | None = None
@@ -157,11 +156,11 @@ class Runner:
     ) -> Sequence[tuple[int, ...]]:
         with self._timed("draft"):
             tokens = [_tokens(draws) for draws in drawn]
-            return mtp.propose(self.model, self.caches[-1], self._draw, plan, batch, hidden_TH, tokens)
+            return mtp.propose(self.model, self.caches[-1], _drawn, plan, batch, hidden_TH, tokens)
 
     def _verified(self, plan: StepPlan, logits_SV: torch.Tensor) -> list[list[Sampled]]:
         sites = [row.site(i) for row in plan.rows if row.samples for i in range(row.num_drafts + 1)]
-        draws = iter(self.sampler.sample(sites, logits_SV))
+        draws = iter(draw(sites, logits_SV))
         return [
             self._accepted(row, [next(draws) for _ in range(row.num_drafts + 1)] if row.samples else [])
             for row in plan.rows
@@ -177,9 +176,6 @@ class Runner:
         if self.force_acceptance is not None and drafts:
             return _forced(row, drafts, own, self.force_acceptance)
         return own[: right + 1]
-
-    def _draw(self, sites: Sequence[Site], logits_SV: torch.Tensor) -> list[int | None]:
-        return [draw.token for draw in self.sampler.sample(sites, logits_SV)]
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Pages of all attention layers, the MTP head's included, from first to second."""
@@ -203,6 +199,10 @@ class Runner:
         begin = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - begin
+
+
+def _drawn(sites: Sequence[Site], logits_SV: torch.Tensor) -> list[int | None]:
+    return [one.token for one in draw(sites, logits_SV)]
 
 
 def _tokens(draws: Sequence[Sampled]) -> tuple[int, ...]:

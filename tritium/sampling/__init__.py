@@ -3,6 +3,6 @@
 Shapes: S rows that sample, T prompt tokens, V vocabulary.
 """
 
-from tritium.sampling.sampler import Sampled, Sampler, prompt_logprobs
+from tritium.sampling.sampler import Sampled, draw, prompt_logprobs
 
-__all__ = ["Sampled", "Sampler", "prompt_logprobs"]
+__all__ = ["Sampled", "draw", "prompt_logprobs"]

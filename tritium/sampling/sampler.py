@@ -27,37 +27,35 @@ class Sampled:
     logprob: TokenLogprob | None = None
 
 
-class Sampler:
-    """Draws one token a row. A row's outcome depends on its own plan and logits alone."""
+def draw(rows: Sequence[Site], logits_SV: torch.Tensor) -> list[Sampled]:
+    """One token a row. Row i of the float logits belongs to rows[i], and its outcome depends on these two alone; the
+    logits are left as they are. Waits for the device."""
+    if not rows:
+        return []
+    vocab, device = logits_SV.shape[-1], logits_SV.device
+    token_S, finite_S = sample(
+        logits_SV=logits_SV,
+        **_columns(rows, device),
+        edits=_edits(rows, vocab, device),
+        allowed_SW=_allowed(rows, vocab, device),
+    )
+    drawn = torch.where(finite_S, token_S, -1).tolist()  # the one thing that is waited for
+    tokens = [token if token >= 0 else None for token in drawn]
+    told = _logprobs(rows, logits_SV, tokens)
+    return [Sampled(token, told.get(i)) for i, token in enumerate(tokens)]
 
-    def sample(self, rows: Sequence[Site], logits_SV: torch.Tensor) -> list[Sampled]:
-        """Row i of the float logits belongs to rows[i]; they are left as they are. Waits for the device."""
-        if not rows:
-            return []
-        vocab, device = logits_SV.shape[-1], logits_SV.device
-        token_S, finite_S = sample(
-            logits_SV=logits_SV,
-            **_columns(rows, device),
-            edits=_edits(rows, vocab, device),
-            allowed_SW=_allowed(rows, vocab, device),
-        )
-        drawn = torch.where(finite_S, token_S, -1).tolist()  # the one thing that is waited for
-        tokens = [token if token >= 0 else None for token in drawn]
-        told = self._logprobs(rows, logits_SV, tokens)
-        return [Sampled(token, told.get(i)) for i, token in enumerate(tokens)]
 
-    @staticmethod
-    def _logprobs(rows: Sequence[Site], logits_SV: torch.Tensor, tokens: list[int | None]) -> dict[int, TokenLogprob]:
-        """Of the raw distribution, for the rows that want them."""
-        asked = {
-            i: (token, row.sampling.logprobs)
-            for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
-            if row.sampling.logprobs is not None and token is not None
-        }
-        if not asked:
-            return {}
-        chosen, counts = zip(*asked.values(), strict=True)
-        return dict(zip(asked, _token_logprobs(logits_SV[list(asked)], chosen, counts), strict=True))
+def _logprobs(rows: Sequence[Site], logits_SV: torch.Tensor, tokens: list[int | None]) -> dict[int, TokenLogprob]:
+    """Of the raw distribution, for the rows that want them."""
+    asked = {
+        i: (token, row.sampling.logprobs)
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
+        if row.sampling.logprobs is not None and token is not None
+    }
+    if not asked:
+        return {}
+    chosen, counts = zip(*asked.values(), strict=True)
+    return dict(zip(asked, _token_logprobs(logits_SV[list(asked)], chosen, counts), strict=True))
 
 
 def prompt_logprobs(logits_TV: torch.Tensor, next_ids: Sequence[int], k: int) -> tuple[TokenLogprob, ...]:

@@ -42,13 +42,14 @@ from tritium.server.guard import Guard, PatientProtocol, caller_of, stamp
 from tritium.server.metrics import Metrics
 from tritium.server.settings import ServerSettings
 from tritium.server.tracing import Tracer
-from tritium.server.writers import OpenAIWriter, Writer
+from tritium.server.writers import OpenAIWriter
 
 log = logging.getLogger(__name__)
 
 _ANTHROPIC = "anthropic-version"
 """A header of Anthropic's clients."""
 _DRAINED_BYTES = 64 * 2**20
+Writer = OpenAIWriter | messages.MessagesWriter | responses.ResponsesWriter
 
 
 def create_app(session: Session, served_model_names: Sequence[str], settings: ServerSettings | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tritium.api import Completion, Door, TextOptions
 from tritium.chat import AnswerFormat, ToolRules
@@ -167,23 +167,9 @@ def _response_format(value: Any) -> Iterator[AnswerFormat]:
         raise RequestError("response_format.type must be text, json_object or json_schema", param=param)
 
 
-class Shape(Protocol):
-    """How one endpoint writes its answer."""
-
-    prefix: str
-    whole_object: str
-    chunk_object: str
-
-    def choice(self, completion: Completion) -> dict[str, Any]:
-        """The whole answer of one choice."""
-        ...
-
-    def deltas(self, event: Event) -> list[dict[str, Any]]:
-        """The entries of `choices` to stream for an event; may be none."""
-        ...
-
-
 class ChatShape:
+    """How chat completions are written."""
+
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, request: ChatRequest, door: Door) -> None:
@@ -193,6 +179,7 @@ class ChatShape:
         """Choices of which something was streamed."""
 
     def choice(self, completion: Completion) -> dict[str, Any]:
+        """The whole answer of one choice."""
         message: dict[str, Any] = {"role": "assistant", "content": completion.text}
         if completion.reasoning:
             message |= {"reasoning_content": completion.reasoning, "reasoning": completion.reasoning}
@@ -207,6 +194,7 @@ class ChatShape:
         }
 
     def deltas(self, event: Event) -> list[dict[str, Any]]:
+        """The entries of `choices` to stream for an event; may be none."""
         out = []
         if event.index not in self._begun:
             self._begun.add(event.index)
@@ -243,6 +231,8 @@ class ChatShape:
 
 
 class CompletionShape:
+    """How text completions are written; the same methods as `ChatShape`'s."""
+
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, request: CompletionRequest, prompts: Sequence[list[int]], n: int, door: Door) -> None:

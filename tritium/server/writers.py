@@ -8,13 +8,13 @@ import operator
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic_core import to_json
 
 from tritium.api import Completion
 from tritium.core import Event, FinishReason, Usage
-from tritium.server.convert import Shape
+from tritium.server.convert import ChatShape, CompletionShape
 from tritium.server.protocol import StreamOptions
 
 _USAGE = operator.attrgetter(*(field.name for field in dataclasses.fields(Usage)))
@@ -44,24 +44,11 @@ class Tally:
         return {"prompt_tokens": self.usage.prompt_tokens, "completion_tokens": self.usage.completion_tokens}
 
 
-class Writer(Protocol):
-    tally: Tally
-
-    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]: ...
-
-    def add(self, event: Event) -> str:
-        """Server-sent events for an event; may be empty."""
-        ...
-
-    def end(self) -> str:
-        """The last of them."""
-        ...
-
-
 class OpenAIWriter:
     """Chat and text completions: what stands around their choices."""
 
-    def __init__(self, shape: Shape, model: str, n: int, stream_options: StreamOptions | None) -> None:
+    def __init__(self, shape: ChatShape | CompletionShape, model: str, n: int, stream_options: StreamOptions | None
+                 ) -> None:
         self.tally = Tally(n)
         self._shape = shape
         head = {"id": f"{shape.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
@@ -77,11 +64,13 @@ class OpenAIWriter:
         return {**self._head, "choices": [self._shape.choice(done) for done in completions], "usage": self._usage()}
 
     def add(self, event: Event) -> str:
+        """Server-sent events for an event; may be empty."""
         self.tally.add(event)
         return "".join([f"data: {self._chunk}{to_json(choice).decode()}{self._chunk_end}\n\n"
                         for choice in self._shape.deltas(event)])
 
     def end(self) -> str:
+        """The last of them."""
         last = f'data: {self._chunk}], "usage": {json.dumps(self._usage())}}}\n\n' if self._include_usage else ""
         return last + "data: [DONE]\n\n"
 
