@@ -25,9 +25,9 @@ from tritium.engine import Engine
 class Tree:
     """A cache, and sequences that are computed and left to it."""
 
-    def __init__(self, pages: int = 100, slots: int = 20, align: int = 1, host: int = 0) -> None:
+    def __init__(self, pages: int = 100, slots: int = 20, host: int = 0) -> None:
         self.pages, self.slots = PagePool(pages), SlotPool(slots)
-        self.cache = PrefixCache(self.pages, self.slots, host=SlotPool(host), align=align)
+        self.cache = PrefixCache(self.pages, self.slots, host=SlotPool(host))
 
     def leave(self, ids: tuple[int, ...], *positions: int, cold: bool = False) -> None:
         """A request computes `ids` and leaves them, with checkpoints at `positions`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import queue
 import threading
@@ -130,11 +129,6 @@ def _kept(engine: EngineCore, call: CacheCall) -> dict[str, Any] | TritiumError:
 def died(error: BaseException) -> Died:
     return Died(EngineDeadError(f"the engine died: {type(error).__name__}: {error}",
                                 hint="see the server's log"))
-
-
-def emptied(stats: EngineStats) -> EngineStats:
-    """The numbers of an engine that holds nothing any more."""
-    return dataclasses.replace(stats, running=0, waiting=0, pages_used=0, slots_used=0)
 
 
 class EngineThread:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from tritium.api.answer import Answer, merge
 from tritium.api.door import Door, Message, Prompts, TextOptions, load, load_engine, load_format
-from tritium.api.drive import Died, Driver, EngineThread, Report, Revived, emptied
+from tritium.api.drive import Died, Driver, EngineThread, Report, Revived
 from tritium.api.engine_core import EngineCore
 from tritium.api.gate import Gate, Limits, Ticket
 from tritium.api.process import EngineProcess
@@ -293,7 +293,7 @@ class Session:
                 if (inbox := self._inboxes.get(event.request_id)) is not None:
                     inbox.put(event, told.made_at)
         elif isinstance(told, Died):
-            self._stats = emptied(self._stats)
+            self._stats = dataclasses.replace(self._stats, running=0, waiting=0, pages_used=0, slots_used=0)
             self._dead = True
             self._fail(told.error)
             for answer in self._calls.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,8 @@ def markdown(result: Result) -> str:
     else:
         rows_of, contexts = _axes(cells)
         at = {(cell["rows"], cell["context"]): cell for cell in cells}
-
-        def text(cell: Result | None) -> str:
-            if cell is None or "skipped" in cell:
-                return "-"
-            return f"{cell['ms']:.2f} ms, {cell['tokens_per_second']:,.0f} tokens/s, {cell['share']:.0%}"
-
         heads = ["rows", *map(words, contexts)]
-        rows = [[str(r), *(text(at.get((r, c))) for c in contexts)] for r in rows_of]
+        rows = [[str(r), *(_step(at.get((r, c)), ", ") for c in contexts)] for r in rows_of]
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell or "-" for cell in row) + " |" for row in lines)
 
@@ -112,9 +106,7 @@ def _matrix(axes: Any, cells: Sequence[Result]) -> None:
         i, j = rows_of.index(cell["rows"]), contexts.index(cell["context"])
         if "skipped" not in cell:
             shares[i][j] = 100 * cell["share"]
-        text = "-" if "skipped" in cell else (f"{cell['ms']:.2f} ms\n{cell['tokens_per_second']:,.0f} tokens/s\n"
-                                              f"{cell['share']:.0%}")
-        axes.text(j, i, text, ha="center", va="center", fontsize=7)
+        axes.text(j, i, _step(cell, "\n"), ha="center", va="center", fontsize=7)
     axes.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto", alpha=0.7)
     axes.set_xticks(range(len(contexts)), [words(context) for context in contexts])
     axes.set_yticks(range(len(rows_of)), [str(rows) for rows in rows_of])
@@ -122,8 +114,14 @@ def _matrix(axes: Any, cells: Sequence[Result]) -> None:
 
 
 def _axes(cells: Sequence[Result]) -> tuple[list[int], list[int]]:
-    first: Callable[[str], list[int]] = lambda key: sorted({cell[key] for cell in cells})  # noqa: E731
-    return first("rows"), first("context")
+    return sorted({cell["rows"] for cell in cells}), sorted({cell["context"] for cell in cells})
+
+
+def _step(cell: Result | None, between: str) -> str:
+    """A cell of the decode matrix in words."""
+    if cell is None or "skipped" in cell:
+        return "-"
+    return between.join((f"{cell['ms']:.2f} ms", f"{cell['tokens_per_second']:,.0f} tokens/s", f"{cell['share']:.0%}"))
 
 
 def _texts(kind: str, cell: Result) -> list[str]:

@@ -38,9 +38,8 @@ MAX_GHOSTS = 16_384
 def may_resume(position: int, limit: int, align: int) -> bool:
     """Whether a request may go on from the state after `position` tokens.
 
-    `limit`: the most tokens it may take over (one at least is left to compute). `align`: 1 where every token is
-    computed by the same recurrence, so that a state is the same bits however it came about; 64 where a prefill
-    works in chunks that begin on multiples of 64, so that only a state on such a boundary is.
+    `limit`: the most tokens it may take over (one at least is left to compute). `align`: 1, since a state is the same
+    bits however it came about; 64 where there is no page for the copy of one that the request would write on in.
     """
     return position <= limit and position % align == 0
 
@@ -118,8 +117,7 @@ class Lease:
 class PrefixCache:
     """The tree, and the ids in the pools that it owns. `host`: places for states in host memory."""
 
-    def __init__(self, pages: PagePool, slots: SlotPool, *, host: SlotPool | None = None, align: int = 1) -> None:
-        self.align = align
+    def __init__(self, pages: PagePool, slots: SlotPool, *, host: SlotPool | None = None) -> None:
         self.version = 0
         """Changes whenever a match may have changed."""
         self.num_pages = 0
@@ -144,9 +142,9 @@ class PrefixCache:
 
     # ---- reuse ------------------------------------------------------------------------------------------------
 
-    def match(self, ids: Tokens, limit: int, *, align: int | None = None) -> Match:
-        """The most that a sequence can take over of [0, limit)."""
-        align, path = align or self.align, [self._root]
+    def match(self, ids: Tokens, limit: int, *, align: int = 1) -> Match:
+        """The most that a sequence can take over of [0, limit). `align`: see `may_resume`."""
+        path = [self._root]
         while True:
             wanted = ids(path[-1].end, min(path[-1].end + PAGE_TOKENS, limit))
             child, common = _nearest(path[-1], wanted)

@@ -29,7 +29,7 @@ class Written:
 
     def remember(self, text: str, reasoning: str, calls: Sequence[ToolCall], ids: Sequence[int]) -> None:
         """`ids`: all that the model wrote, without the token that ended it."""
-        key = (text, reasoning, _spelled([(call.id, call.name, call.arguments) for call in calls]))
+        key = (text, reasoning, json.dumps([(call.id, call.name, call.arguments) for call in calls]))
         self._held += len(ids) - len(self._answers.pop(key, ()))
         self._answers[key] = tuple(ids)
         while self._held > _MOST_IDS:
@@ -77,12 +77,8 @@ def _key(message: Any) -> Key:
             arguments = function["arguments"]
             calls.append((call["id"], function["name"],
                           json.loads(arguments) if isinstance(arguments, str) else arguments))
-        key = (message.get("content") or "", reasoning, _spelled(calls))
+        key = (message.get("content") or "", reasoning, json.dumps(calls))
         hash(key)
     except (KeyError, TypeError, ValueError, RecursionError):
         return ("", "", "no answer")
     return key
-
-
-def _spelled(calls: Sequence[tuple[str, str, Any]]) -> str:
-    return json.dumps(calls)

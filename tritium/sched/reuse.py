@@ -86,7 +86,7 @@ class Reuse:
                 continue
             shared = min(self._in_common(request, leader), limit)
             if leader.num_computed < shared and shared - self._match(request).position >= WORTH_WAITING:
-                self._shares[leader].wanted.setdefault(self._aligned(shared), HOT)
+                self._shares[leader].wanted.setdefault(shared, HOT)
                 self._leaders[request] = leader, shared
                 return True
         return False
@@ -166,7 +166,7 @@ class Reuse:
         assert request.slot is not None
         if keep:
             self.cache.publish(share.lease, request.ids, request.pages, computed, tail=True)
-        if keep and settled and state_at % self.cache.align == 0:
+        if keep and settled:
             self.cache.attach(share.lease, request.ids, state_at, request.slot)
         else:
             self._slots.release(request.slot)
@@ -207,14 +207,11 @@ class Reuse:
             hot.insert(0, match.kv_length)
         wanted = self._shares[request].wanted
         for position in hot:
-            wanted.setdefault(self._aligned(position), HOT)
+            wanted.setdefault(position, HOT)
         for i, rung in enumerate(_ladder(end), 1):
             wanted.setdefault(rung, COLD if i % 8 == 0 or i & (i - 1) == 0 else SPARE)
         for position in [p for p in wanted if p <= match.position]:
             del wanted[position]
-
-    def _aligned(self, position: int) -> int:
-        return position - position % self.cache.align
 
     def _in_common(self, request: Request, leader: Request) -> int:
         known = self._common.setdefault(request, {})

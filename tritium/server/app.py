@@ -248,8 +248,7 @@ class Routes:
                     if text := writer.add(event):
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                     self._metrics.sent(event)
-                    if event.timing is not None:
-                        _note_times(event, scope)
+                    _note_times(event, scope)
                 await pen.begin(send)
                 last = writer.end()
             except Exception as error:
@@ -330,8 +329,7 @@ class Pen:
         elif text:
             self._line.write_chunk(text)
         self._metrics.sent(event)
-        if event.timing is not None:
-            _note_times(event, self._scope)
+        _note_times(event, self._scope)
 
 
 async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:

@@ -59,10 +59,3 @@ def join_text(content: object, where: str, kinds: Sequence[str]) -> str:
                                param=f"{at}.type")
         texts.append(check_text(block.get("text"), f"{at}.text"))
     return "".join(texts)
-
-
-def function_call(call_id: str, name: str, arguments: object) -> dict[str, Any]:
-    """A call in an assistant's message, as chat completions have it."""
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tritium.api import Completion, Door, TextOptions
 from tritium.chat import AnswerFormat, ToolRules
-from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCall, ToolCallDelta
+from tritium.core import Event, RequestError, SamplingParams, TokenLogprob, ToolCallDelta
 from tritium.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -184,7 +184,9 @@ class ChatShape:
         if completion.reasoning:
             message |= {"reasoning_content": completion.reasoning, "reasoning": completion.reasoning}
         if completion.tool_calls:
-            message |= {"content": completion.text or None, "tool_calls": [_call(c) for c in completion.tool_calls]}
+            calls = [function_call(call.id, call.name, json.dumps(call.arguments, ensure_ascii=False))
+                     for call in completion.tool_calls]
+            message |= {"content": completion.text or None, "tool_calls": calls}
         return {
             "index": completion.index,
             "message": message,
@@ -294,16 +296,15 @@ class CompletionShape:
         return [self._door.decode(ids) for ids in self._prompts]
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+def function_call(call_id: str, name: str, arguments: object) -> dict[str, Any]:
+    """A call in an assistant's message, as chat completions have it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _call_delta(piece: ToolCallDelta) -> dict[str, Any]:
     if not piece.id:
         return {"index": piece.index, "function": {"arguments": piece.arguments}}
-    function = {"name": piece.name, "arguments": piece.arguments}
-    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+    return {"index": piece.index} | function_call(piece.id, piece.name, piece.arguments)
 
 
 dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False).encode

@@ -13,7 +13,8 @@ from tritium.api import Completion
 from tritium.chat.messages import as_object, is_list
 from tritium.chat.tokenizer import check_text
 from tritium.core import Event, FinishReason, RequestError
-from tritium.server.blocks import Piece, blocks, function_call, join_text, pieces, sse
+from tritium.server.blocks import Piece, blocks, join_text, pieces, sse
+from tritium.server.convert import function_call
 from tritium.server.protocol import Strict
 from tritium.server.writers import Tally
 

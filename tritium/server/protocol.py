@@ -186,8 +186,10 @@ def parse(kind: type[Model], fields: Mapping[str, Any]) -> Model:
     """Check `fields` against `kind`. Raises `RequestError` naming the first field that is wrong."""
     unsupported = UNSUPPORTED.get(kind, {})
     for name in unsupported.keys() & fields.keys():
-        if fields[name] is not None and not any(_same(fields[name], value) for value in unsupported[name]):
-            raise RequestError(f"{name} is not supported" + _only(unsupported[name]), param=name)
+        given, harmless = fields[name], unsupported[name]
+        if given is not None and not any(type(given) is type(value) and given == value for value in harmless):
+            only = f" (only {harmless[0]!r} is)" if harmless else ""
+            raise RequestError(f"{name} is not supported{only}", param=name)
     try:
         return kind.model_validate({name: value for name, value in fields.items() if name not in unsupported})
     except ValidationError as invalid:
@@ -212,11 +214,3 @@ def _path(location: tuple[int | str, ...]) -> str:
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path
-
-
-def _same(a: object, b: object) -> bool:
-    return type(a) is type(b) and a == b
-
-
-def _only(harmless: tuple[Any, ...]) -> str:
-    return f" (only {harmless[0]!r} is)" if harmless else ""
