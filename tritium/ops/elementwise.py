@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from tritium.ops.spec import wide
+
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
     """1 / (1 + exp(-x)); any shape, float dtype kept."""
@@ -17,6 +19,13 @@ def sigmoid(x: torch.Tensor) -> torch.Tensor:
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x sigmoid(x)."""
     return x / (1.0 + torch.exp(-x))
+
+
+def silu_mul(*, x_TJ: torch.Tensor) -> torch.Tensor:
+    """The gate of an MLP, silu(gate) · up, from one fused projection: J = 2 I columns, gate first, to I."""
+    compute = wide(x_TJ.dtype)
+    gate, up = x_TJ.to(compute).chunk(2, dim=-1)
+    return (silu(gate) * up).to(x_TJ.dtype)
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:

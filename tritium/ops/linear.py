@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from tritium.ops.mlp import reference as silu_mul
+from tritium.ops.elementwise import silu_mul
 from tritium.ops.norm import reference as rms_norm
 from tritium.ops.quantized import (
     FORMS,

@@ -1,4 +1,4 @@
-"""The gate of an MLP, a block of one row a program. See `tritium.ops.mlp`.
+"""The gate of an MLP, a block of one row a program. See `silu_mul` in `tritium.ops.elementwise`.
 
 Shapes: T rows, I columns of the result.
 """
