@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from served import rambles, served
 
 from tritium.bench import decode as bench
-from tritium.bench import show
+from tritium.bench import show, speculation
 from tritium.bench.ceilings import Ceilings, flops, measure, step_bytes
 from tritium.bench.kernels import Event, shares
 from tritium.bench.ops import run, sizes
@@ -222,6 +222,18 @@ def test_starts_are_timed_in_processes_of_their_own(tiny: Path) -> None:
     (cell,) = result["cells"]
     assert len(cell["ttft"]) == 3
     assert cell["to_first_token"] == pytest.approx(cell["imports"] + cell["load"] + cell["ttft_first"])
+
+
+def test_speculation_is_held_against_none_cell_by_cell(tiny: Path) -> None:
+    def turns(seed: int) -> list[tuple[dict, dict]]:
+        return [({"role": "user", "content": f"What is {seed} + 1?"}, {"role": "assistant", "content": "A sum."})]
+
+    (cell,) = speculation.run(dummy(tiny), turns, rows=(2,), contexts=(64,), rounds=1, tokens=8)
+    assert cell["ratio"] == pytest.approx(cell["tokens_per_second"] / cell["tokens_per_second_without"])
+    assert 1 <= cell["tokens_per_forward"] <= 4
+    head, _, line = show.markdown({"bench": "speculation", "cells": [cell]}).splitlines()
+    assert head == "| rows | context | tokens/s | without | ratio | a forward |"
+    assert line.startswith("| 2 | 64 | ")
 
 
 # --- ops and servers -----------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from tritium.core import (
     TokenEvent,
     TokenLogprob,
 )
-from tritium.models.config import ModelConfig, RopeConfig
+from tritium.models.config import ModelConfig, parse_config
+from tritium.models.families import family_config
 
 Script = Callable[[Request], Sequence[int]]
 """The ids that a request is answered with. They end in an eos id when the "model" means to stop."""
@@ -168,10 +169,6 @@ class ScriptedEngine:
 
 
 def scripted_model(vocab_size: int, max_position: int, eos_ids: tuple[int, ...]) -> ModelConfig:
-    """The smallest model configuration that says all the api asks: vocabulary, context, eos ids."""
-    return ModelConfig(
-        architecture="Scripted", vocab_size=vocab_size, hidden_size=1, layer_types=("full_attention",), num_heads=1,
-        num_kv_heads=1, head_dim=1, gdn_key_heads=1, gdn_value_heads=1, gdn_key_dim=1, gdn_value_dim=1, conv_width=1,
-        rope=RopeConfig(theta=1.0, rotary_dim=1), rms_eps=1e-6, max_position=max_position, tied_embeddings=True,
-        dtype="float32", eos_ids=eos_ids,
-    )
+    """A shape of the family, with all that the api asks of one: vocabulary, context, eos ids."""
+    shape = parse_config(family_config("qwen3.5-0.8b") or {})
+    return dataclasses.replace(shape, vocab_size=vocab_size, max_position=max_position, eos_ids=eos_ids)

@@ -60,8 +60,7 @@ class Metrics:
         self._errors = self._counter("http_errors", "Requests answered with an error, by HTTP status", "status")
         self._error_kinds = self._counter("errors", "Errors told to clients, by kind", "kind")
         self._http = self._counter("http_requests", "HTTP requests, by path and status", "path", "status")
-        self._http_seconds = Histogram("tritium_http_request_seconds", "HTTP requests, whole", ["path"],
-                                       buckets=_SECONDS, registry=self._registry)
+        self._http_seconds = self._histogram("http_request_seconds", "HTTP requests, whole", _SECONDS, "path")
 
     def finished(self, reason: FinishReason, event: Event | None) -> None:
         """A `Session` observer."""
@@ -100,8 +99,8 @@ class Metrics:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"tritium_{name}", help_text, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"tritium_{name}", help_text, labels, buckets=buckets, registry=self._registry)
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"tritium_{name}", help_text, labels, registry=self._registry)
