@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from tritium.chat.tokenizer import Tokenizer
 
@@ -34,16 +33,13 @@ class Detokenizer:
         self._emitted = 0
         """Characters of the window's text already handed out."""
 
-    def push(self, ids: Sequence[int]) -> str:
-        return "".join([self.push_one(id) for id in ids])
-
     def flush(self) -> str:
         """What is still held back, a broken end as U+FFFD."""
         text = self._tokenizer.text(self._window)
         piece, self._emitted = text[self._emitted :], len(text)
         return piece
 
-    def push_one(self, id: int) -> str:
+    def push(self, id: int) -> str:
         token = None if id in self._hidden else self._tokenizer.token(id)
         if token is None:
             return ""

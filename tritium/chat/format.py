@@ -20,8 +20,6 @@ from tritium.core.errors import RequestError
 
 log = logging.getLogger(__name__)
 
-TOOL_PARSERS = {"qwen3_xml": ToolParser, "qwen3_coder": ToolParser}
-"""By vLLM's names, the family's first."""
 _PROMPT_TAIL = 32
 """Ids of a prompt's end that are decoded to see whether it ends in `<think>`."""
 
@@ -29,10 +27,8 @@ _PROMPT_TAIL = 32
 class ChatFormat:
     """Tokenizer and chat template of a checkpoint: messages to a prompt, ids to an answer."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None, *,
-                 tool_call_parser: str = "qwen3_xml") -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
         self.tokenizer = tokenizer
-        self._tool_parser = TOOL_PARSERS[tool_call_parser]
         self._template = template
 
     def template_reads(self, name: str) -> bool:
@@ -100,8 +96,8 @@ class ChatFormat:
             Detokenizer(self.tokenizer, hidden=hidden),
             StopMatcher(stop, include=include_stop),
             splitter=splitter,
-            answer_tools=self._tool_parser(functions) if functions else None,
-            reasoning_tools=self._tool_parser(functions) if functions and splitter else None,
+            answer_tools=ToolParser(functions) if functions else None,
+            reasoning_tools=ToolParser(functions) if functions and splitter else None,
             min_tokens=min_tokens,
         )
 
@@ -109,15 +105,13 @@ class ChatFormat:
 def load_chat(directory: Path, tool_call_parser: str = "auto") -> ChatFormat:
     """The text side of the checkpoint in `directory`: tokenizer.json, and the chat template if there is one.
 
-    `tool_call_parser` is a name of `TOOL_PARSERS`, or auto: the one whose calls the template writes.
+    All names of `config.TOOL_CALL_PARSERS` are one format; under auto it is said where the template writes another.
 
     Raises `CheckpointError` for files that are missing, damaged or do not parse.
     """
     directory = Path(directory)
     template = load_template(directory)
-    if tool_call_parser == "auto":
-        tool_call_parser = next(iter(TOOL_PARSERS))
-        if template is not None and "tools" in template.names and FUNCTION not in template.source:
-            log.warning("the chat template does not write tool calls as %s, which answers are read as; tools may fail",
-                        tool_call_parser)
-    return ChatFormat(Tokenizer.load(directory), template, tool_call_parser=tool_call_parser)
+    if tool_call_parser == "auto" and template and "tools" in template.names and FUNCTION not in template.source:
+        log.warning("the chat template does not write tool calls as qwen3_xml, which answers are read as; "
+                    "tools may fail")
+    return ChatFormat(Tokenizer.load(directory), template)

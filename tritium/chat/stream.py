@@ -85,10 +85,10 @@ class TextStream:
     def _token(self, id: int, out: TextDelta) -> None:
         splitter = self._splitter
         if splitter is None:
-            self._take(self._detokenizer.push_one(id), out)
+            self._take(self._detokenizer.push(id), out)
             return
         self._undecided_tokens += splitter.inside
-        self._take(self._detokenizer.push_one(id), out)
+        self._take(self._detokenizer.push(id), out)
         if not splitter.inside:
             self._undecided_tokens = 0
         elif not splitter.undecided:
