@@ -11,7 +11,7 @@ import pytest
 from byte_chat import byte_chat_format
 
 from tritium.api import LLM, Completion, ContextLengthError, ScriptedEngine, Session, TextOptions
-from tritium.core import EngineDeadError, FinishReason, RequestError, SamplingParams
+from tritium.core import ConfigError, EngineDeadError, FinishReason, RequestError, SamplingParams
 
 CHAT = byte_chat_format()
 EOS = CHAT.tokenizer.token_id("<|im_end|>")
@@ -414,3 +414,9 @@ def test_random_traffic_is_answered_exactly(seed):
             await until(lambda: session.stats().slots_used == 0)
 
     asyncio.run(run())
+
+
+def test_a_field_that_the_engine_does_not_have_is_named() -> None:
+    with pytest.raises(ConfigError, match="max_model_length is not a field") as caught:
+        LLM("tritium-dense", max_model_length=64)
+    assert "max_model_len" in (caught.value.hint or "")

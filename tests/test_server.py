@@ -405,6 +405,7 @@ def test_errors_by_class_of_the_official_client(echo):
         echo.client.completions.create(model=MODEL, prompt="x" * 5000, stream=True)
     assert bad.value.code == "context_length_exceeded"
     assert echo.get("/nothing").json()["error"]["message"] == "GET /nothing is not served here"
+    assert "(use POST)" in echo.get("/v1/completions").json()["error"]["message"]
     assert echo.post("/chat/completions", {}).json()["error"]["message"].endswith("(/v1/chat/completions is)")
     for field, meant in (("enable_thinking", "chat_template_kwargs"), ("max_token", "max_tokens")):
         said = echo.post("/v1/chat/completions", {"messages": [], field: 1}).json()["error"]["message"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +17,15 @@ from tritium.api.door import Door, Message, Prompts, TextOptions, load
 from tritium.api.engine_core import EngineCore
 from tritium.chat import ChatFormat
 from tritium.config import EngineConfig
-from tritium.core import CacheCall, CacheFileError, EngineStats, RequestError, SamplingParams, TritiumError
+from tritium.core import (
+    CacheCall,
+    CacheFileError,
+    ConfigError,
+    EngineStats,
+    RequestError,
+    SamplingParams,
+    TritiumError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +34,12 @@ class LLM:
     """A model to call: `with LLM("tritium-dense") as llm: llm.generate("One and one is")[0].text`."""
 
     def __init__(self, model: str = "tritium-dense", **engine_config: Any) -> None:
-        """Load the model. The keyword arguments are the fields of `EngineConfig`."""
+        """Load the model. The keyword arguments are the fields of `EngineConfig`; raises `ConfigError` for others."""
+        known = [field.name for field in fields(EngineConfig)]
+        for name in engine_config:
+            if name not in known:
+                near = get_close_matches(name, known, 3)
+                raise ConfigError(f"{name} is not a field of EngineConfig", hint=", ".join(near) or "see its docstring")
         self._engine, self.door = load(EngineConfig(model=model, **engine_config))
 
     @classmethod

@@ -217,6 +217,7 @@ def main(descriptor: int) -> None:
         connection.send(([*map(_EVENT, report.events)], _STATS(report.stats), report.made_at, report.refused,
                          report.kept))
 
+    engine = None
     try:
         engine = load()
         connection.send(EngineFacts.of(engine))
@@ -224,9 +225,10 @@ def main(descriptor: int) -> None:
         gc.freeze()  # what is loaded stays: no collection looks through it again in the middle of a step
         drive(engine, commands, tell)
         engine.close()
-    except TritiumError as error:
-        connection.send(error)
     except Exception as error:
+        if engine is None and isinstance(error, TritiumError):
+            connection.send(error)
+            return
         log.exception("the engine died")
         connection.send(died(error))
         sys.exit(1)

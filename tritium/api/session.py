@@ -256,8 +256,8 @@ class Session:
             return None
 
         def end() -> None:
-            inbox.fail(OvertimeError(f"not finished within the {seconds:g} s that a request may take",
-                                     hint="ask for fewer tokens, or raise --request-timeout"))
+            inbox.fail(OvertimeError(f"not finished within the {seconds:g} s that a request may take, waiting included",
+                                     hint="ask for fewer tokens, send fewer at once, or raise --request-timeout"))
             for request_id in ids:  # now, though the reader may be stuck
                 self._driver.send(request_id)
 

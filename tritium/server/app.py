@@ -218,7 +218,9 @@ class Routes:
             path = request.url.path
             near = difflib.get_close_matches(path, [endpoint.path for endpoint in openapi.ENDPOINTS], 1, 0.7)
             said = f"{request.method} {path:.100} is not served here"
-            if error.status_code == 404 and near:
+            if error.status_code == 405:
+                said += f" (use {(error.headers or {}).get('Allow', 'another method')})"
+            elif near:
                 said += f" ({near[0]} is)"
             error = HTTPException(error.status_code, said, error.headers)
         self._note_error(error, request.scope)
@@ -268,7 +270,7 @@ class Routes:
             raise SlowBodyError(f"the body did not come within {self._settings.patience:g} s") from None
         except ClientDisconnect:
             raise RequestError("the body ended early") from None
-        return protocol.parse_json(body)
+        return protocol.parse_json(body or b"{}")
 
     async def _body(self, request: Request) -> bytes:
         """The body. One that is too large is still read (up to a point), for a client that has not finished sending
