@@ -261,7 +261,7 @@ def load_parameters(
         return draw_parameters(checkpoint.config, dtype=dtype, device=device, text_ids=checkpoint.text_ids)
     parameters = allocate(checkpoint.config, dtype=dtype, device=device)
     total = sum(tensor.nbytes for tensor in checkpoint.tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", file=sys.stderr, disable=not progress or None,
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", file=sys.stderr, disable=not progress,
               leave=False) as bar:  # fmt: skip
         for tensor, place, source in _stream(checkpoint):
             try:
