@@ -67,6 +67,14 @@ def _computed(op: str, kinds: list[str], given: list[str], registers: dict[str, 
             return _permuted(a | b << 32, c)
         case ["dp4a", left, right]:
             return c + sum(_byte(a, i, left) * _byte(b, i, right) for i in range(4)) & MASK
+        case ["min", "u32"]:
+            return min(a, b)
+        case ["mad", "lo", "u32"]:
+            return a * b + c & MASK
+        case ["fma", "rn", "bf16x2"]:
+            low, high = (_brain(a >> i) * _brain(b >> i) + _brain(c >> i) for i in (0, 16))
+            two = torch.tensor([low, high], dtype=torch.float64).bfloat16().view(torch.int16)
+            return int(two[0]) & 0xFFFF | (int(two[1]) & 0xFFFF) << 16
         case ["max", "bf16x2"]:
             return max(a & 0xFFFF, b & 0xFFFF) | max(a >> 16, b >> 16) << 16  # of positive ones
         case ["add", "f32"]:
@@ -111,6 +119,10 @@ def _bits(value: np.float32) -> int:
 
 def _half(bits: int) -> float:
     return float(np.uint16(bits & 0xFFFF).view(np.float16))
+
+
+def _brain(bits: int) -> float:
+    return _float((bits & 0xFFFF) << 16)
 
 
 def _pair(low: float, high: float) -> int:

@@ -1,4 +1,4 @@
-"""What one token's products are on NVIDIA, without a GPU: PTX written by hand, against the numbers of each scheme."""
+"""What products of few bits are on NVIDIA, without a GPU: PTX written by hand, against the numbers of each scheme."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 import ptx
 
-from tritium.ops.kernels import one_token
+from tritium.ops.kernels import four_bits, one_token
 from tritium.ops.quantized import SCHEMES, Quantized, dequantize, quantize_activations
 
 
@@ -85,6 +85,28 @@ def test_fp8_by_pairs_of_float16(seed: int) -> None:
         products = [w * float(v) for w, v in zip(weight("fp8", words), q[0].double())]
         got = number(ptx.run(one_token._four_words("e4m3"), words + given)[0]) * 64
         assert abs(got - sum(products)) <= 2**-10 * sum(map(abs, products))
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4"])
+def test_tiles_of_four_bits_have_all_numbers(name: str, seed: int) -> None:
+    """Two words of 16 bits at once: four planes of factors."""
+    rng = random.Random(f"tiles {name} {seed}")
+    plain, scaled = re.findall(r'"""(\{\.reg.*?\})"""', inspect.getsource(four_bits._planes.fn), re.DOTALL)
+    for _ in range(100):
+        words, exponents = [rng.getrandbits(16) for _ in range(2)], [rng.randint(36, 160) for _ in range(2)]  # weights of 2^-123 to 2^33
+        both = words[0] | words[1] << 16
+        if name == "int4":
+            planes = ptx.run(plain, [both], results=4)
+            want = [[1024 + (word >> 4 * j & 15) * (16 if j % 2 else 1) for word in words] for j in range(4)]
+            dtype = torch.float16
+        else:
+            planes = ptx.run(scaled, [both, exponents[0] | exponents[1] << 16], results=4)
+            numbers = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+            want = [[numbers[word >> 4 * j & 7] * (-1) ** (word >> 4 * j + 3 & 1) * 2.0 ** (e - 127 - 32)
+                     for word, e in zip(words, exponents)] for j in range(4)]
+            dtype = torch.bfloat16
+        got = torch.tensor(planes).to(torch.int32).view(dtype).view(4, 2)
+        assert torch.equal(got.double(), torch.tensor(want, dtype=torch.float64))
 
 
 def test_the_largest_of_pairs() -> None:
