@@ -268,7 +268,7 @@ def test_a_server_is_asked_by_more_and_more_clients() -> None:
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="does not say which models"):
+    with pytest.raises(ConfigError, match="no server answers"):
         invoke("serve", "http://127.0.0.1:9")
 
 

@@ -51,6 +51,8 @@ def _first_model(url: str, api_key: str | None) -> str:
     try:
         listed = httpx.get(f"{url.rstrip('/')}/v1/models", headers=headers, timeout=10).raise_for_status().json()
         return str(listed["data"][0]["id"])
+    except httpx.TransportError as error:
+        raise ConfigError(f"no server answers at {url}: {error}", hint="tritium serve, or the right URL") from None
     except (httpx.HTTPError, ValueError, LookupError) as error:
         raise ConfigError(f"{url} does not say which models it serves: {error}",
                           hint="--model, or the right URL") from None

@@ -32,7 +32,7 @@ class Tokenizer:
         """Reads `tokenizer.json`. Raises `CheckpointError` when it is missing or cannot be read."""
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"no tokenizer.json in {directory}", hint="--tokenizer names another one")
+            raise CheckpointError(f"no tokenizer.json in {directory}", hint="--tokenizer DIRECTORY that has one")
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception

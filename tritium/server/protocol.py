@@ -205,6 +205,8 @@ def _readable(kind: str, path: str, message: str, model: type[BaseModel]) -> Req
         return RequestError(f"unknown field: {path}", param=path, hint=f"{near[0]}?" if near else None)
     if kind == "missing":
         return RequestError(f"{path} is required", param=path)
+    if kind == "literal_error":  # in JSON's words, not Python's
+        message = message.replace("False", "false").replace("True", "true").replace("None", "null")
     return RequestError(f"{path}: {message[0].lower()}{message[1:]}", param=path)
 
 
