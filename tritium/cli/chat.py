@@ -46,11 +46,10 @@ def chat(model: str | None, system: str | None, stats: bool, **flags: Any) -> No
             if sys.stdin.isatty():
                 click.secho(f"{config.model}: {HELP}", err=True, dim=True)
             for line in turns():
-                if sys.stdin.isatty() and line.startswith("/") and line != "/reset":
-                    click.echo(f"unknown command {line.split()[0]}; {HELP}", err=True)
-                    continue
                 if line == "/reset":
                     talk.reset()
+                elif line.startswith("/") and sys.stdin.isatty():
+                    click.echo(f"unknown command {line.split()[0]}; {HELP}", err=True)
                 else:
                     talk.turn(runner, line)
         finally:

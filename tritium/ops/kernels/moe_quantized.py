@@ -110,8 +110,8 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
               K: tl.constexpr, RANKS: tl.constexpr, I: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr,
               LANES: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
               BLOCK_S: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GROUP_S: tl.constexpr,
-              SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
-              EARLY: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+              SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
+              pdl: tl.constexpr):  # fmt: skip
     """ROWS of the result, all words of weights on their way at once; EARLY: before the wait, as in `moe`."""
     FULL: tl.constexpr = H % ROWS == 0
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -232,7 +232,6 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
     a, c = tl.split(even)
     b, d = tl.split(odd)
     four = (a, b, c, d)
-    total = tl.zeros([tile.shape[0], FOUR], tl.int32 if KIND == "int8" else tl.float32)
     mine = ()
     for j in tl.static_range(len(factors)):
         mine += (split4(tl.reshape(factors[j], [FOUR, 4])),)  # type: ignore[assignment]
@@ -250,6 +249,7 @@ def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
         if KIND != "e4m3":
             total *= added[None, :]
     else:
+        total = tl.zeros([tile.shape[0], FOUR], tl.int32 if KIND == "int8" else tl.float32)
         for i in tl.static_range(4):
             if KIND == "int8":
                 x = mine[0][i][None, :]  # type: ignore[misc]
@@ -328,8 +328,8 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
                   NORM: tl.constexpr):  # fmt: skip
     """Rows of one or TWO blocks of a weight by one token, each [ROWS] (x with its norm's rsqrt left out, whose Σ x² is
     the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`
-    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded; `rows`: those that exist,
-    FULL: all. The next words are on their way while some are multiplied."""
+    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded; `rows`: those that exist, FULL:
+    all. The next words are on their way while some are multiplied."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER

@@ -408,7 +408,7 @@ def quantized(
            "e4m3": int(how["KIND"] == "e4m3")}
     target = target_of(x_MK)
     shared = {"N": N, "K": K, "GATED": gated, "RESIDUAL": residual_MN is not None, **how}
-    residual = x_MK if residual_MN is None else residual_MN
+    residual, plain = x_MK if residual_MN is None else residual_MN, x_MK if plain_PK is None else plain_PK
     if w.scheme.bits == 4 and K % 4:
         w_JK = dequantize(w, w.dtype)
         whole = w_JK if plain_PK is None else (w_JK, plain_PK)
@@ -419,15 +419,15 @@ def quantized(
         rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, power_of_2(K)))
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
-            _one, (cdiv(P, 2) + cdiv(N, rows),), values, w.scales, x_MK if plain_PK is None else plain_PK, x_MK,
-            x_MK if norm_K is None else norm_K, residual, y_MN, eps, PLAIN=P, NORM=norm_K is not None, ROWS=rows,
-            COLUMNS=columns, THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared, **found,
+            _one, (cdiv(P, 2) + cdiv(N, rows),), values, w.scales, plain, x_MK, x_MK if norm_K is None else norm_K,
+            residual, y_MN, eps, PLAIN=P, NORM=norm_K is not None, ROWS=rows, COLUMNS=columns,
+            THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared, **found,
         )  # fmt: skip
         return
     found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
-    h_MK = x_MK if plain_PK is None else torch.empty((M, K), dtype=w.dtype, device=x_MK.device)
-    q_MK, x_scales = prepare(x_MK, w, norm_K, eps, None if plain_PK is None else h_MK)
-    if plain_PK is not None and M > FEW:
+    h_MK = None if plain_PK is None else torch.empty((M, K), dtype=w.dtype, device=x_MK.device)
+    q_MK, x_scales = prepare(x_MK, w, norm_K, eps, h_MK)
+    if plain_PK is not None and h_MK is not None and M > FEW:
         linear_into(y_MN[:, N:], h_MK, plain_PK, None, 0.0)
         P = 0
     rows, per_core, depth = found.pop("rows"), found.pop("per_core"), found.pop("depth")
@@ -441,7 +441,7 @@ def quantized(
     splits = cdiv(K, each) if each else 1
     parts_PMN = torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device) if each else y_MN
     launch(
-        _tile, (cdiv(P, 16) + programs, splits), values, w.scales, h_MK if plain_PK is None else plain_PK, h_MK, q_MK,
+        _tile, (cdiv(P, 16) + programs, splits), values, w.scales, plain, x_MK if h_MK is None else h_MK, q_MK,
         x_scales, residual, y_MN, parts_PMN, _counts(x_MK.device), M, PLAIN=P, Y=y_MN.stride(0), ROUND=most > 0,
         PACKED=packed(target), PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens, DEPTH=depth,
         BAND=found.pop("band"), STAGES=found["num_stages"], THREADS=32 * found["num_warps"], PREFETCH=prefetch,
