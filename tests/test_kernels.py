@@ -113,6 +113,34 @@ def test_columns_split_between_programs_in_the_interpreter(
     check_split(scheme, seed, monkeypatch)
 
 
+def check_blocks(scheme: int, seed: int) -> None:
+    """Blocks of rows of a program, where the last program has fewer and where there are fewer in all."""
+    for more in ({"N": 70, "K": 1160, "residual": 1}, {"N": 35, "K": 1152, "gated": 1, "norm": 1}, {"N": 11, "K": 1160}):
+        dims = {"M": 1, "scheme": scheme, **more}
+        with observed() as seen:
+            check(linear, dims, torch.float16, seed)
+        (key,) = (key for key in seen if key[0] == "quantized.one")
+        found = launch_parameters(key[0], probe(kernel_lane.DEVICE), key[1])
+        with trial({key: {**found, "rows": 4, "blocks": 3, "columns": 512}}):
+            check(linear, dims, torch.float16, seed)
+
+
+BLOCKS = pytest.mark.parametrize("scheme", range(1, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@BLOCKS
+def test_blocks_of_one_program_on_the_device(scheme: int, seed: int) -> None:
+    check_blocks(scheme, seed)
+
+
+@pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the test below")
+@BLOCKS
+def test_blocks_of_one_program_in_the_interpreter(scheme: int, seed: int) -> None:
+    check_blocks(scheme, seed)
+
+
 STEPS = pytest.mark.parametrize(("graphs", "most"), [(False, 3), (True, 3), (True, 0)])
 
 

@@ -50,8 +50,8 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
                                                        GROUP, SHARING, EVEN)  # fmt: skip
         wait_for_inputs(pdl)
         top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
-        a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
-                                      rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, True)  # fmt: skip
+        (a, b), squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
+                                        norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
         release_next(pdl)
         unit = tl.rsqrt(squares / H + eps)
         tl.store(inner + s, (silu(a * unit) * (b * unit)).to(inner.dtype.element_ty), mask=rows)
@@ -97,8 +97,8 @@ def _up_one(x, norm, logits, gate_up, scales, inner, eps, H: tl.constexpr, E: tl
         value, chosen, key = next_expert(key, expert)
         total += tl.exp(value - first)
     top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
-    a, b, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
-                                  H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, True)  # fmt: skip
+    (a, b), squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
+                                    norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
     release_next(pdl)
     unit = tl.rsqrt(squares / H + eps)
     value = silu(a * unit) * (b * unit) * tl.max(mine / total, axis=0)
@@ -142,15 +142,14 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
     for j in tl.static_range(K):
         at, scale_at, tile, scale = tiles[j]  # type: ignore[var-annotated]
         top = tl.sum(tl.where(rank == j, tops, 0.0), axis=0)
-        out, _, _ = rows_by_token(tile, tile, scale, scale, at, at, scale_at, scale_at, top, inner + j * I, inner, rows,
-                                  I, BLOCK, KIND, GROUP, LARGEST, NATIVE, FULL, False, False)  # fmt: skip
-        total += out
+        out, _ = rows_by_token((tile,), (scale,), (at,), (scale_at,), top, inner + j * I, inner, rows, I, BLOCK, KIND,
+                               GROUP, LARGEST, NATIVE, FULL, False)  # fmt: skip
+        total += out[0]
     at, scale_at, tile, scale = of_shared
-    out, _, _ = rows_by_token(tile, tile, scale, scale, at, at, scale_at, scale_at, top_shared, inner_shared,
-                              inner_shared, rows, S, BLOCK_S, KIND, GROUP_S, LARGEST, NATIVE, FULL, False, False
-                              )  # fmt: skip
+    out, _ = rows_by_token((tile,), (scale,), (at,), (scale_at,), top_shared, inner_shared, inner_shared, rows, S,
+                           BLOCK_S, KIND, GROUP_S, LARGEST, NATIVE, FULL, False)  # fmt: skip
     release_next(pdl)
-    tl.store(y + row, residual + total + out / (1.0 + tl.exp(-gate)), mask=rows)
+    tl.store(y + row, residual + total + out[0] / (1.0 + tl.exp(-gate)), mask=rows)
 
 
 def serves(weights: tuple[Any, ...]) -> bool:

@@ -284,12 +284,13 @@ def row_scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.cons
                EVEN: tl.constexpr):  # fmt: skip
     """A stored scale for four words of each row from word k on; without GROUP that of the row, [ROWS, 1]."""
     if GROUP:
+        # Turned, neighbours of a column are neighbours in memory for the compiler, and threads lie as for the words.
         word = k + tl.arange(0, W // 4) * 4
+        turned = tl.trans(at) + word[:, None] // (GROUP // PER)
         if EVEN:
-            out = tl.load(at + word[None, :] // (GROUP // PER))
+            out = tl.trans(tl.load(turned))
         else:
-            inside = rows[:, None] & (word < WIDTH)[None, :]
-            out = tl.load(at + word[None, :] // (GROUP // PER), mask=inside, other=0)
+            out = tl.trans(tl.load(turned, mask=rows[None, :] & (word < WIDTH)[:, None], other=0))
     else:
         out = tl.load(at, mask=rows[:, None], other=0.0)
     return out
@@ -322,14 +323,13 @@ def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm, rows,
-                  K: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-                  LARGEST: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr,
-                  NORM: tl.constexpr):  # fmt: skip
-    """Rows of one or TWO blocks of a weight by one token, each [ROWS] (x with its norm's rsqrt left out, whose Σ x² is
-    the third result). `at`: pointers to the first words of COLUMNS columns, [ROWS, W], `tile` what is there; `scale_at`
-    and `scale`: so of `row_scales`; `top`: `largest` where x is rounded; `rows`: those that exist, FULL:
-    all. The next words are on their way while some are multiplied."""
+def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constexpr, COLUMNS: tl.constexpr,
+                  KIND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
+                  FULL: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """Blocks of rows by one token, a [ROWS] of each (x with its norm's rsqrt left out), and Σ x². `at`: pointers
+    to the first words of COLUMNS columns of each block, [ROWS, W], `tiles` what is there; `scale_at` and `scales`: so of
+    `row_scales`; `top`: `largest` where x is rounded; `rows`: those of a block that exist, FULL: all. What a step needs
+    of x is made once for all blocks, and a block's next words are on their way as soon as these are multiplied."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER
@@ -337,8 +337,10 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
     WHOLE: tl.constexpr = K % COLUMNS == 0
     EVEN: tl.constexpr = FULL and WHOLE
     ROUND: tl.constexpr = LARGEST > 0
-    total = tl.zeros([rows.shape[0], W // 4], tl.int32 if KIND == "int8" else tl.float32)
-    up_total = total
+    BLOCKS: tl.constexpr = len(tiles)
+    totals = ()
+    for _ in tl.static_range(BLOCKS):
+        totals += (tl.zeros([rows.shape[0], W // 4], tl.int32 if KIND == "int8" else tl.float32),)
     squares = tl.zeros([W], tl.float32)
     factor, unit = 1.0, 1.0
     if ROUND:
@@ -349,33 +351,26 @@ def rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_
         unit = 2.0**69 if KIND == "int4" else 2.0**68
     for i in tl.range(0, LAST):
         k = (i + 1) * W
-        next_tile, next_up, next_scale, next_up_scale = words(at, k, rows, WIDTH, W, EVEN), up_tile, scale, up_scale
-        if GROUP:
-            next_scale = row_scales(scale_at, k, rows, WIDTH, W, GROUP, PER, EVEN)
-        if TWO:
-            next_up = words(up_at, k, rows, WIDTH, W, EVEN)
-            if GROUP:
-                next_up_scale = row_scales(up_scale_at, k, rows, WIDTH, W, GROUP, PER, EVEN)
         factors, more, added = _token(x, norm, i * COLUMNS, factor, K, W, True, NORM, KIND, ROUND, NATIVE)
         squares += more
-        product = _multiplied(tile, factors, added, KIND, NATIVE)
-        total += product * factor_of(scale) if GROUP else product
-        if TWO:
-            product = _multiplied(up_tile, factors, added, KIND, NATIVE)
-            up_total += product * factor_of(up_scale) if GROUP else product
-        tile, up_tile, scale, up_scale = next_tile, next_up, next_scale, next_up_scale
+        next_tiles, next_scales, next_totals = (), (), ()
+        for j in tl.static_range(BLOCKS):
+            product = _multiplied(tiles[j], factors, added, KIND, NATIVE)
+            next_totals += (totals[j] + (product * factor_of(scales[j]) if GROUP else product),)
+            if GROUP:
+                next_scales += (row_scales(scale_at[j], k, rows, WIDTH, W, GROUP, PER, EVEN),)
+            next_tiles += (words(at[j], k, rows, WIDTH, W, EVEN),)
+        tiles, totals = next_tiles, next_totals
+        if GROUP:
+            scales = next_scales
     factors, more, added = _token(x, norm, LAST * COLUMNS, factor, K, W, WHOLE, NORM, KIND, ROUND, NATIVE)
-    product = _multiplied(tile, factors, added, KIND, NATIVE)
-    total += product * factor_of(scale) if GROUP else product
-    out = tl.sum(total, axis=1).to(tl.float32) * unit
-    out *= 1.0 if GROUP else tl.sum(scale, axis=1)
-    up_out = out
-    if TWO:
-        product = _multiplied(up_tile, factors, added, KIND, NATIVE)
-        up_total += product * factor_of(up_scale) if GROUP else product
-        up_out = tl.sum(up_total, axis=1).to(tl.float32) * unit
-        up_out *= 1.0 if GROUP else tl.sum(up_scale, axis=1)
-    return out, up_out, tl.sum(squares + more)
+    outs = ()
+    for j in tl.static_range(BLOCKS):
+        product = _multiplied(tiles[j], factors, added, KIND, NATIVE)
+        total = totals[j] + (product * factor_of(scales[j]) if GROUP else product)
+        out = tl.sum(total, axis=1).to(tl.float32) * unit
+        outs += (out if GROUP else out * tl.sum(scales[j], axis=1),)
+    return outs, tl.sum(squares + more)
 
 
 def native(target: Target) -> bool:

@@ -77,60 +77,62 @@ def _plain(w, x, norm, y, eps, first, N: tl.constexpr, K: tl.constexpr, NORM: tl
 @triton.jit
 def _rows(program, w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
           GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
-          ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
-          NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+          ROWS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr,
+          PREFETCH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr
+          ):  # fmt: skip
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER
     G: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
-    FULL: tl.constexpr = N % ROWS == 0
+    ALL: tl.constexpr = BLOCKS * ROWS
+    FULL: tl.constexpr = N >= ALL
     EVEN: tl.constexpr = FULL and K % COLUMNS == 0
-    first = program * ROWS
+    mine = program * ALL
+    first = tl.minimum(mine, N - ALL) if FULL else mine  # the last program does again what lacks it
     n = first + tl.arange(0, ROWS)
     rows = n < N
-    at = w.to(tl.pointer_type(tl.int32)) + (n.to(tl.int64)[:, None] * WIDTH + tl.arange(0, W)[None, :])
-    up_at = at + N * WIDTH
-    scale_at = scales + (n // SHARING)[:, None] * G
-    up_scale_at = scales + ((N + n) // SHARING)[:, None] * G
-    tile = words(at, 0, rows, WIDTH, W, EVEN)
-    up_tile = words(up_at, 0, rows, WIDTH, W, EVEN) if GATED else tile
-    scale = row_scales(scale_at, 0, rows, WIDTH, W, GROUP, PER, EVEN)
-    up_scale = row_scales(up_scale_at, 0, rows, WIDTH, W, GROUP, PER, EVEN) if GATED else scale
+    base = w.to(tl.pointer_type(tl.int32)) + (n.to(tl.int64)[:, None] * WIDTH + tl.arange(0, W)[None, :])
+    at, scale_at, tiles, of_rows = (), (), (), ()
+    for j in tl.static_range(BLOCKS * (1 + GATED)):
+        row = j % BLOCKS * ROWS + j // BLOCKS * N
+        at += (base + row * WIDTH,)
+        scale_at += (scales + ((n + row) // SHARING)[:, None] * G,)
+        of_rows += (row_scales(scale_at[j], 0, rows, WIDTH, W, GROUP, PER, EVEN),)
+        tiles += (words(at[j], 0, rows, WIDTH, W, EVEN),)
     if PREFETCH > 0:
-        _prefetch(w, first, N, WIDTH * 4, ROWS, W * 4, PREFETCH * W * 4, THREADS)
+        _prefetch(w, first, N, WIDTH * 4, ALL, W * 4, PREFETCH * W * 4, THREADS)
         if GATED:
-            _prefetch(w + N * WIDTH * 4, first, N, WIDTH * 4, ROWS, W * 4, PREFETCH * W * 4, THREADS)
+            _prefetch(w + N * WIDTH * 4, first, N, WIDTH * 4, ALL, W * 4, PREFETCH * W * 4, THREADS)
     wait_for_inputs(pdl)
-    if RESIDUAL:
-        before = tl.load(residual + n, mask=rows, other=0.0).to(tl.float32)
     top = largest(x, norm, K, NORM, NATIVE) if LARGEST > 0 else 1.0
-    out, up, squares = rows_by_token(tile, up_tile, scale, up_scale, at, up_at, scale_at, up_scale_at, top, x, norm,
-                                     rows, K, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, GATED, NORM)  # fmt: skip
+    outs, squares = rows_by_token(tiles, of_rows, at, scale_at, top, x, norm, rows, K, COLUMNS, KIND, GROUP, LARGEST,
+                                  NATIVE, FULL, NORM)  # fmt: skip
     release_next(pdl)
-    scale = 1.0
-    if NORM:
-        scale = 1.0 / tl.sqrt(squares / K + eps)
-        out *= scale
-    if GATED:
-        out = silu(out) * (up * scale)
-    if RESIDUAL:
-        out += before
-    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+    scale = 1.0 / tl.sqrt(squares / K + eps) if NORM else 1.0
+    for j in tl.static_range(BLOCKS):
+        out = outs[j] * scale
+        spot = n + j * ROWS
+        kept = (spot >= mine) & (spot < N)
+        if GATED:
+            out = silu(out) * (outs[BLOCKS + j] * scale)
+        if RESIDUAL:
+            out += tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
+        tl.store(y + spot, out.to(y.dtype.element_ty), mask=kept)
 
 
 @triton.jit
 def _one(w, scales, plain, x, norm, residual, y, eps, N: tl.constexpr, PLAIN: tl.constexpr, K: tl.constexpr,
          KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
-         ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr, GATED: tl.constexpr,
-         NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is busy while the
+         ROWS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
+         GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """BLOCKS times ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is busy while the
     largest x is looked for. The first programs have the PLAIN results that follow, by rows that are not quantized."""
     FIRST: tl.constexpr = (PLAIN + 1) // 2
     if tl.program_id(0) < FIRST:
         _plain(plain, x, norm, y + N, eps, tl.program_id(0) * 2, PLAIN, K, NORM, pdl)
     else:
         _rows(tl.program_id(0) - FIRST, w, scales, x, norm, residual, y, eps, N, K, KIND, GROUP, SHARING, LARGEST,
-              NATIVE, ROWS, COLUMNS, THREADS, PREFETCH, GATED, NORM, RESIDUAL, pdl)  # fmt: skip
+              NATIVE, ROWS, BLOCKS, COLUMNS, THREADS, PREFETCH, GATED, NORM, RESIDUAL, pdl)  # fmt: skip
 
 
 @triton.jit
@@ -417,10 +419,11 @@ def quantized(
     found = parameters("quantized.one", x_MK, **key) if M == 1 and K * w.scheme.bits % 32 == 0 else {"rows": 0}
     if found["rows"]:
         rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, power_of_2(K)))
+        blocks = min(found.pop("blocks", 1), cdiv(N, rows))
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
-            _one, (cdiv(P, 2) + cdiv(N, rows),), values, w.scales, plain, x_MK, x_MK if norm_K is None else norm_K,
-            residual, y_MN, eps, PLAIN=P, NORM=norm_K is not None, ROWS=rows, COLUMNS=columns,
+            _one, (cdiv(P, 2) + cdiv(N, blocks * rows),), values, w.scales, plain, x_MK, x_MK if norm_K is None else norm_K,
+            residual, y_MN, eps, PLAIN=P, NORM=norm_K is not None, ROWS=rows, BLOCKS=blocks, COLUMNS=columns,
             THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared, **found,
         )  # fmt: skip
         return
