@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import io
 import re
@@ -136,6 +137,20 @@ def tracked() -> list[Path]:
         pytest.skip("not a git checkout")
     paths = [ROOT / name for name in listed.stdout.split("\0") if name]
     return [path for path in paths if path.is_file() and path.suffix not in {".safetensors", ".png"}]
+
+
+def test_kernels_are_read_by_the_oldest_triton() -> None:
+    """Triton 3.6, which comes with torch 2.11, knows no tuple within a tuple on the left of an assignment."""
+    nested = [
+        f"{path.name}:{node.lineno}"
+        for path in (PACKAGE / "ops" / "kernels").glob("*.py")
+        for kernel in ast.walk(ast.parse(path.read_text()))
+        if isinstance(kernel, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in kernel.decorator_list)
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
+        and any(isinstance(part, ast.Tuple) for part in node.targets[0].elts)
+    ]
+    assert not nested
 
 
 def test_no_file_names_a_path_of_somebodys_machine() -> None:

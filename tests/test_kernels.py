@@ -115,7 +115,8 @@ def test_columns_split_between_programs_in_the_interpreter(
 
 def check_blocks(scheme: int, seed: int) -> None:
     """Blocks of rows of a program, where the last program has fewer and where there are fewer in all."""
-    for more in ({"N": 70, "K": 1160, "residual": 1}, {"N": 35, "K": 1152, "gated": 1, "norm": 1}, {"N": 11, "K": 1160}):
+    gated = {"N": 35, "K": 1152, "gated": 1, "norm": 1}
+    for more in ({"N": 70, "K": 1160, "residual": 1}, gated, {"N": 11, "K": 1160}):
         dims = {"M": 1, "scheme": scheme, **more}
         with observed() as seen:
             check(linear, dims, torch.float16, seed)

@@ -50,11 +50,11 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
                                                        GROUP, SHARING, EVEN)  # fmt: skip
         wait_for_inputs(pdl)
         top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
-        (a, b), squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
-                                        norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
+        pair, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top,
+                                      x, norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
         release_next(pdl)
         unit = tl.rsqrt(squares / H + eps)
-        tl.store(inner + s, (silu(a * unit) * (b * unit)).to(inner.dtype.element_ty), mask=rows)
+        tl.store(inner + s, (silu(pair[0] * unit) * (pair[1] * unit)).to(inner.dtype.element_ty), mask=rows)
     else:
         e = (tl.program_id(0) - blocks) * (2 * ROWS) + r
         k = tl.arange(0, BLOCK)
@@ -97,11 +97,11 @@ def _up_one(x, norm, logits, gate_up, scales, inner, eps, H: tl.constexpr, E: tl
         value, chosen, key = next_expert(key, expert)
         total += tl.exp(value - first)
     top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
-    (a, b), squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
-                                    norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
+    pair, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
+                                  norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
     release_next(pdl)
     unit = tl.rsqrt(squares / H + eps)
-    value = silu(a * unit) * (b * unit) * tl.max(mine / total, axis=0)
+    value = silu(pair[0] * unit) * (pair[1] * unit) * tl.max(mine / total, axis=0)
     tl.store(inner + rank * I + i, value.to(inner.dtype.element_ty), mask=rows)
 
 

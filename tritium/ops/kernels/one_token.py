@@ -326,10 +326,10 @@ def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr):
 def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constexpr, COLUMNS: tl.constexpr,
                   KIND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
                   FULL: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """Blocks of rows by one token, a [ROWS] of each (x with its norm's rsqrt left out), and Σ x². `at`: pointers
-    to the first words of COLUMNS columns of each block, [ROWS, W], `tiles` what is there; `scale_at` and `scales`: so of
-    `row_scales`; `top`: `largest` where x is rounded; `rows`: those of a block that exist, FULL: all. What a step needs
-    of x is made once for all blocks, and a block's next words are on their way as soon as these are multiplied."""
+    """Blocks of rows by one token, a [ROWS] of each (x with its norm's rsqrt left out), and Σ x². `at`: pointers to the
+    first words of COLUMNS columns of each block, [ROWS, W], `tiles` what is there; `scale_at` and `scales`: so of
+    `row_scales`; `top`: `largest` where x is rounded; `rows`: those of a block that exist, FULL: all. What a step
+    needs of x is made once for all blocks; a block's next words are on their way as soon as these are multiplied."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER

@@ -125,8 +125,9 @@ def _one(w, scales, plain, x, norm, residual, y, eps, N: tl.constexpr, PLAIN: tl
          KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
          ROWS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
          GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """BLOCKS times ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is busy while the
-    largest x is looked for. The first programs have the PLAIN results that follow, by rows that are not quantized."""
+    """BLOCKS times ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is
+    busy while the largest x is looked for. The first programs have the PLAIN results that follow, by rows that are not
+    quantized."""
     FIRST: tl.constexpr = (PLAIN + 1) // 2
     if tl.program_id(0) < FIRST:
         _plain(plain, x, norm, y + N, eps, tl.program_id(0) * 2, PLAIN, K, NORM, pdl)
@@ -422,9 +423,10 @@ def quantized(
         blocks = min(found.pop("blocks", 1), cdiv(N, rows))
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
-            _one, (cdiv(P, 2) + cdiv(N, blocks * rows),), values, w.scales, plain, x_MK, x_MK if norm_K is None else norm_K,
-            residual, y_MN, eps, PLAIN=P, NORM=norm_K is not None, ROWS=rows, BLOCKS=blocks, COLUMNS=columns,
-            THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared, **found,
+            _one, (cdiv(P, 2) + cdiv(N, blocks * rows),), values, w.scales, plain, x_MK,
+            x_MK if norm_K is None else norm_K, residual, y_MN, eps, PLAIN=P, NORM=norm_K is not None, ROWS=rows,
+            BLOCKS=blocks, COLUMNS=columns, THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared,
+            **found,
         )  # fmt: skip
         return
     found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
