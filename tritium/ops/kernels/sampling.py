@@ -48,11 +48,11 @@ _FEW = 256
 
 
 @triton.jit
-def _logits(logits, allowed, row, column, stride, words, V: tl.constexpr, MASKED: tl.constexpr):
-    """float32; -inf where there is no such token or the row may not draw it."""
-    x = tl.load(logits + row * stride + column, mask=column < V, other=float("-inf")).to(tl.float32)
+def _logits(logits, allowed, column, V: tl.constexpr, MASKED: tl.constexpr):
+    """Of a row, float32; -inf where there is no such token or the row may not draw it."""
+    x = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
     if MASKED:
-        word = tl.load(allowed + row * words + column // 32, mask=column < V, other=0)
+        word = tl.load(allowed + column // 32, mask=column < V, other=0)
         x = tl.where((word >> (column % 32)) & 1 != 0, x, float("-inf"))
     return x
 
@@ -94,26 +94,25 @@ def _bin(weight):
 
 
 @triton.jit
-def _keys(logits, allowed, row, column, stride, words, peak, temperature, least, V: tl.constexpr,
-          MASKED: tl.constexpr):  # fmt: skip
+def _edge(chosen):
+    """The least key of a weight in this bin or one before."""
+    bits = (-chosen + _TOP).to(tl.int64) << _COARSE
+    return tl.ceil(bits.to(tl.float64, bitcast=True)).to(tl.int64) << _ID_BITS
+
+
+@triton.jit
+def _keys(logits, allowed, column, peak, heat, least, V: tl.constexpr, MASKED: tl.constexpr):
     """Keys of weights; 0 for those below `least`."""
-    weight = _weight(_logits(logits, allowed, row, column, stride, words, V, MASKED), peak, temperature)
+    weight = _weight(_logits(logits, allowed, column, V, MASKED), peak, heat)
     key = (weight << _ID_BITS) + (column ^ _LAST_ID)
     return tl.where(key >= least, key, 0)
 
 
 @triton.jit
-def _drawn(state, temperature, row):
+def _state(state, temperature):
     """Whether the row draws, its largest logit, its temperature, and the least key kept so far."""
-    heat = tl.load(temperature + row)
-    peak = _logit(tl.load(state + 8 * row + 1))
-    return (heat > 0) & (tl.abs(peak) < float("inf")), peak, heat, tl.load(state + 8 * row)
-
-
-@triton.jit
-def _limits(top_k, top_p, row):
-    k, p = tl.load(top_k + row), tl.load(top_p + row)
-    return k, p, (k > 0) | (p < 1)
+    heat, peak = tl.load(temperature), _logit(tl.load(state + 1))
+    return (heat > 0) & (tl.abs(peak) < float("inf")), peak, heat, tl.load(state)
 
 
 @triton.jit
@@ -132,47 +131,51 @@ def _peaks(logits, allowed, best, state, tally, seen, token, temperature, top_k,
            pdl: tl.constexpr):  # fmt: skip
     SPAN: tl.constexpr = 128 if ALL > 128 else ALL
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    b = tl.arange(0, ALL)
+    best, state = best + row * B, state + row * 8
+    column, b = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ALL)
     wait_for_inputs(pdl)
-    heat, k = tl.load(temperature + row), tl.load(top_k + row)
-    least = tl.load(min_p + row)
-    tl.store(best + row * B + block, tl.max(_order(_logits(logits, allowed, row, column, stride, words, V, MASKED),
-                                                   column)))  # fmt: skip
+    heat, k, share = tl.load(temperature + row), tl.load(top_k + row), tl.load(min_p + row)
+    x = _logits(logits + row * stride, allowed + row * words, column, V, MASKED)
     release_next(pdl)
+    tl.store(best + block, tl.max(_order(x, column)))
     if heat > 0:
         entry = block * SHARE + tl.arange(0, SHARE)
         tl.store(tally + row * (2 * 2048) + entry, tl.zeros([SHARE], tl.int64), mask=entry < 2 * 2048)
     if _is_last(seen + row, B):
-        key = tl.load(best + row * B + b, mask=b < B, other=_NOTHING, cache_modifier=".cg")
+        key = tl.load(best + b, mask=b < B, other=_NOTHING, cache_modifier=".cg")
         top = tl.max(key)
         peak = _logit(top)
         whole = tl.abs(peak) < float("inf")
         tl.store(token + row, tl.where(whole, _token(top), -1))
-        tl.store(state + 8 * row + 1, top)
-        tl.store(state + 8 * row + 2 + tl.arange(0, 2), tl.zeros([2], tl.int64))
+        tl.store(state + 1, top)
+        tl.store(state + 2 + tl.arange(0, 2), tl.zeros([2], tl.int64))
         if (heat > 0) & whole:
-            floor = tl.maximum(tl.ceil(least * _ONE).to(tl.int64), 1)
+            floor = tl.maximum(tl.ceil(share * _ONE).to(tl.int64), 1)
             if (k > 0) & (k < B):
-                x = tl.where(b < B, _logit(key), float("-inf"))
+                largest = tl.where(b < B, _logit(key), float("-inf"))
                 ahead = tl.zeros([ALL], tl.int32)
                 for start in range(0, ALL, SPAN):
                     other = start + tl.arange(0, SPAN)
-                    theirs = tl.load(best + row * B + other, mask=other < B, other=0, cache_modifier=".cg")
-                    ahead += tl.sum(((_logit(theirs)[:, None] > x[None, :]) & (other < B)[:, None]).to(tl.int32), 0)
-                bound = tl.min(tl.where((ahead < k) & (b < B), x, float("inf")))
+                    theirs = _logit(tl.load(best + other, mask=other < B, other=0, cache_modifier=".cg"))
+                    ahead += tl.sum(((theirs[:, None] > largest[None, :]) & (other < B)[:, None]).to(tl.int32), 0)
+                bound = tl.min(tl.where((ahead < k) & (b < B), largest, float("inf")))
                 floor = tl.maximum(floor, _weight(bound, peak, heat))
-            tl.store(state + 8 * row, floor << _ID_BITS)
+            tl.store(state, floor << _ID_BITS)
 
 
 @triton.jit
-def _tallied(tally, row, k):
+def _tallied(tally, k):
     """Of every bin the running count and mass, and the bin of the k-th weight (2048: all are kept)."""
     d = tl.arange(0, 2048)
-    count = tl.cumsum(tl.load(tally + row * (2 * 2048) + d, cache_modifier=".cg"), 0)
-    mass = tl.cumsum(tl.load(tally + row * (2 * 2048) + 2048 + d, cache_modifier=".cg"), 0)
-    last = tl.where(k > 0, tl.sum((count < k).to(tl.int32)), 2048)
-    return d, count, mass, last
+    count = tl.cumsum(tl.load(tally + d, cache_modifier=".cg"), 0)
+    mass = tl.cumsum(tl.load(tally + 2048 + d, cache_modifier=".cg"), 0)
+    return count, mass, tl.where(k > 0, tl.sum((count < k).to(tl.int32)), 2048)
+
+
+@triton.jit
+def _before(running, chosen):
+    """What the bins before the chosen one add up to."""
+    return tl.max(tl.where(tl.arange(0, 2048) < chosen, running, 0))
 
 
 @triton.jit
@@ -231,18 +234,16 @@ def _choose(listed, size, k, p, share, FEW: tl.constexpr):
 
 
 @triton.jit
-def _draw(logits, allowed, sums, row, stride, words, peak, heat, least, share, V: tl.constexpr, B: tl.constexpr,
-          ALL: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _draw(logits, allowed, sums, peak, heat, least, share, V: tl.constexpr, B: tl.constexpr, ALL: tl.constexpr,
+          BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The token, by the sums of what is kept in the row's blocks."""
     b = tl.arange(0, ALL)
-    upto = tl.cumsum(tl.load(sums + row * B + b, mask=b < B, other=0, cache_modifier=".cg"), 0)
+    upto = tl.cumsum(tl.load(sums + b, mask=b < B, other=0, cache_modifier=".cg"), 0)
     goal = _goal(share, tl.max(upto))
     block = tl.sum((upto <= goal).to(tl.int32))
     goal -= tl.max(tl.where(b < block, upto, 0))
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    key = _keys(logits, allowed, row, column, stride, words, peak, heat, least, V, MASKED)
-    within = tl.sum((tl.cumsum(key >> _ID_BITS, 0) <= goal).to(tl.int32))
-    return (block * BLOCK + within).to(tl.int64)
+    key = _keys(logits, allowed, block * BLOCK + tl.arange(0, BLOCK), peak, heat, least, V, MASKED)
+    return block * BLOCK + tl.sum((tl.cumsum(key >> _ID_BITS, 0) <= goal).to(tl.int32))
 
 
 @triton.jit
@@ -250,125 +251,95 @@ def _weigh(logits, allowed, best, state, tally, listed, sums, seen, token, tempe
            stride, words, V: tl.constexpr, B: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr,
            FEW: tl.constexpr, MASKED: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    logits, allowed, state, sums = logits + row * stride, allowed + row * words, state + row * 8, sums + row * B
+    listed, tally = listed + row * ROOM, tally + row * (2 * 2048)
     column = block * BLOCK + tl.arange(0, BLOCK)
     early = tl.num_programs(0) <= 8  # few rows: what most blocks do not need is read while the one before runs
-    x = _logits(logits, allowed, row, tl.where(early, column, V), stride, words, V, MASKED)
+    x = _logits(logits, allowed, tl.where(early, column, V), V, MASKED)
     wait_for_inputs(pdl)
-    drawn, peak, heat, least = _drawn(state, temperature, row)
-    k, p, cuts = _limits(top_k, top_p, row)
+    drawn, peak, heat, least = _state(state, temperature + row)
+    k, p = tl.load(top_k + row), tl.load(top_p + row)
+    cuts = (k > 0) | (p < 1)
     if drawn:
         total = tl.full((), 0, tl.int64)
         if _weight(_logit(tl.load(best + row * B + block)), peak, heat) >= least >> _ID_BITS:
             if not early:
-                x = _logits(logits, allowed, row, column, stride, words, V, MASKED)
+                x = _logits(logits, allowed, column, V, MASKED)
             weight = _weight(x, peak, heat)
             kept = weight >= least >> _ID_BITS
             total = tl.sum(tl.where(kept, weight, 0))
             if cuts:
-                many = tl.sum(kept.to(tl.int32))
                 key = (weight << _ID_BITS) + (column ^ _LAST_ID)
-                _append(listed + row * ROOM, state + 8 * row + 2, key, kept, many, FEW)
-                entry = tally + row * (2 * 2048) + tl.where(kept, _bin(weight), 0)
+                _append(listed, state + 2, key, kept, tl.sum(kept.to(tl.int32)), FEW)
+                entry = tally + tl.where(kept, _bin(weight), 0)
                 if k > 0:
                     tl.atomic_add(entry, tl.full([BLOCK], 1, tl.int64), mask=kept, sem="relaxed")
                 if p < 1:
                     tl.atomic_add(entry + 2048, weight, mask=kept, sem="relaxed")
-        tl.store(sums + row * B + block, total)
+        tl.store(sums + block, total)
         share = _uniform(tl.load(seed + row), tl.load(position + row))
         if _is_last(seen + row, B):
-            size = tl.load(state + 8 * row + 2, cache_modifier=".cg").to(tl.int32)
+            size = tl.load(state + 2, cache_modifier=".cg").to(tl.int32)
             if not cuts:
-                tl.store(token + row, _draw(logits, allowed, sums, row, stride, words, peak, heat, least, share, V, B,
-                                            ALL, BLOCK, MASKED))  # fmt: skip
+                found = _draw(logits, allowed, sums, peak, heat, least, share, V, B, ALL, BLOCK, MASKED)
+                tl.store(token + row, found)
             elif size <= FEW:
-                tl.store(token + row, _choose(listed + row * ROOM, size, k, p, share, FEW))
+                tl.store(token + row, _choose(listed, size, k, p, share, FEW))
             else:
-                d, _, mass, count_bin = _tallied(tally, row, k)
+                _, mass, count_bin = _tallied(tally, k)
                 first, last = count_bin, count_bin * 0 - 1
                 if p < 1:
-                    first = _mass_bin(mass, p, tl.max(tl.where(d < count_bin, mass, 0)))
-                    last = _mass_bin(mass, p, tl.max(tl.where(d <= count_bin, mass, 0)))
-                tl.store(state + 8 * row + 4, count_bin.to(tl.int64))
-                tl.store(state + 8 * row + 5, first.to(tl.int64))
-                tl.store(state + 8 * row + 6, last.to(tl.int64))
+                    first = _mass_bin(mass, p, _before(mass, count_bin))
+                    last = _mass_bin(mass, p, _before(mass, count_bin + 1))
+                tl.store(state + 4, count_bin)
+                tl.store(state + 5, first)
+                tl.store(state + 6, last)
     release_next(pdl)
 
 
 @triton.jit
-def _count(key, chosen, bound):
-    """Of the keys in a bin from `bound` up: how many, their weight, the least and the largest."""
-    within = (_bin(key >> _ID_BITS) == chosen) & (key >= bound)
-    return (
-        tl.sum(within.to(tl.int64)),
-        tl.sum(tl.where(within, key >> _ID_BITS, 0)),
-        tl.min(tl.where(within, key, -(_NOTHING + 1))),
-        tl.max(tl.where(within, key, 0)),
-    )
-
-
-@triton.jit
-def _count_all(key, size, logits, allowed, row, stride, words, peak, heat, least, chosen, bound, V: tl.constexpr,
-               ROOM: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """`_count` of the list, or of the row where the list could not hold all."""
-    if size <= ROOM:
-        count, mass, low, high = _count(key, chosen, bound)
-    else:
-        count, mass, low, high = _count(tl.zeros([TILE], tl.int64), chosen, bound)
-        for start in range(0, V, TILE):
-            column = start + tl.arange(0, TILE)
-            part = _keys(logits, allowed, row, column, stride, words, peak, heat, least, V, MASKED)
-            n, m, l, h = _count(part, chosen, bound)
-            count, mass, low, high = count + n, mass + m, tl.minimum(low, l), tl.maximum(high, h)
-    return count, mass, low, high
-
-
-@triton.jit
-def _search(key, size, logits, allowed, row, stride, words, peak, heat, least, chosen, base, target,
-            BY_MASS: tl.constexpr, V: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
+def _search(logits, allowed, listed, size, peak, heat, least, chosen, base, target, BY_MASS: tl.constexpr,
+            V: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The cut within a bin: the bound, as high as can be, from which on `base` and the bin together reach the target;
-    and the mass of the bin's keys from there on."""
-    many, heavy, low, high = _count_all(
-        key, size, logits, allowed, row, stride, words, peak, heat, least, chosen, 0, V, ROOM, TILE, MASKED
-    )
-    high += 1
-    few = many * 0
+    and the mass of the bin's keys from there on. Looks at the list, or at the row where the list could not hold all."""
+    low, high = _edge(chosen), _edge(chosen - 1)
+    middle, end = low, high
+    heavy, few = base * 0, base * 0
+    many = few + 2
     while (many - few > 1) & (high - low > 1):  # one key between the bounds: it is the last that is kept
+        count, mass = base * 0, base * 0
+        for start in range(0, size if size <= ROOM else V, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            if size <= ROOM:
+                key = tl.load(listed + c, mask=c < size, other=0, cache_modifier=".cg")
+            else:
+                key = _keys(logits, allowed, c, peak, heat, least, V, MASKED)
+            within = (key >= middle) & (key < end)
+            count += tl.sum(within.to(tl.int64))
+            mass += tl.sum(tl.where(within, key >> _ID_BITS, 0))
+        if (base + (mass if BY_MASS else count)).to(tl.float64) >= target:
+            low, many, heavy = middle, count, mass
+        else:
+            high, few = middle, count
         middle = low + ((high - low) >> 1)
-        count, mass, _, _ = _count_all(
-            key, size, logits, allowed, row, stride, words, peak, heat, least, chosen, middle, V, ROOM, TILE, MASKED
-        )
-        reached = (base + (mass if BY_MASS else count)).to(tl.float64) >= target
-        low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
-        many, few = tl.where(reached, count, many), tl.where(reached, few, count)
-        heavy = tl.where(reached, mass, heavy)
     return low, heavy
 
 
 @triton.jit
-def _cut(logits, allowed, tally, listed, size, row, k, p, stride, words, peak, heat, least, V: tl.constexpr,
-         ROOM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """The list's keys and the least that is kept."""
-    d, count, mass, count_bin = _tallied(tally, row, k)
-    c = tl.arange(0, ROOM)
-    key = tl.load(listed + row * ROOM + c, mask=c < size, other=0, cache_modifier=".cg")
-    total = tl.max(mass)
-    last = least
+def _cut(logits, allowed, tally, listed, size, k, p, peak, heat, least, V: tl.constexpr, ROOM: tl.constexpr,
+         BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """The least key that is kept."""
+    count, mass, count_bin = _tallied(tally, k)
+    total, last = tl.max(mass), least
     if count_bin < 2048:
-        base = tl.max(tl.where(d < count_bin, count, 0))
-        last, heavy = _search(
-            key, size, logits, allowed, row, stride, words, peak, heat, least, count_bin, base, k.to(tl.float64),
-            False, V, ROOM, BLOCK, MASKED,
-        )  # fmt: skip
-        total = tl.max(tl.where(d < count_bin, mass, 0)) + heavy
+        last, heavy = _search(logits, allowed, listed, size, peak, heat, least, count_bin, _before(count, count_bin),
+                              k.to(tl.float64), False, V, ROOM, BLOCK, MASKED)  # fmt: skip
+        total = _before(mass, count_bin) + heavy
     if p < 1:
         mass_bin = _mass_bin(mass, p, total)
-        base = tl.max(tl.where(d < mass_bin, mass, 0))
-        last, heavy = _search(
-            key, size, logits, allowed, row, stride, words, peak, heat, least, mass_bin, base,
-            p * total.to(tl.float64), True, V, ROOM, BLOCK, MASKED,
-        )  # fmt: skip
-    return key, last
+        last, _ = _search(logits, allowed, listed, size, peak, heat, least, mass_bin, _before(mass, mass_bin),
+                          p * total.to(tl.float64), True, V, ROOM, BLOCK, MASKED)  # fmt: skip
+    return last
 
 
 @triton.jit
@@ -376,41 +347,40 @@ def _collect(logits, allowed, best, state, tally, listed, sums, seen, token, tem
              stride, words, V: tl.constexpr, B: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr,
              ROOM: tl.constexpr, FEW: tl.constexpr, MASKED: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    logits, allowed, state, sums = logits + row * stride, allowed + row * words, state + row * 8, sums + row * B
+    listed, tally = listed + row * ROOM, tally + row * (2 * 2048)
     wait_for_inputs(pdl)
-    drawn, peak, heat, least = _drawn(state, temperature, row)
-    k, p, cuts = _limits(top_k, top_p, row)
-    if drawn & cuts & (tl.load(state + 8 * row + 2) > FEW):
-        count_bin, first = tl.load(state + 8 * row + 4), tl.load(state + 8 * row + 5)
-        last = tl.load(state + 8 * row + 6)
+    drawn, peak, heat, least = _state(state, temperature + row)
+    k, p = tl.load(top_k + row), tl.load(top_p + row)
+    if drawn & ((k > 0) | (p < 1)) & (tl.load(state + 2) > FEW):
+        count_bin, first, last = tl.load(state + 4), tl.load(state + 5), tl.load(state + 6)
         above = tl.full((), 0, tl.int64)
         largest = _weight(_logit(tl.load(best + row * B + block)), peak, heat)
         deepest = tl.where((count_bin < 2048) | (p >= 1), count_bin, last)
         if (largest >= least >> _ID_BITS) & (_bin(largest) <= deepest):
-            column = block * BLOCK + tl.arange(0, BLOCK)
-            key = _keys(logits, allowed, row, column, stride, words, peak, heat, least, V, MASKED)
+            key = _keys(logits, allowed, block * BLOCK + tl.arange(0, BLOCK), peak, heat, least, V, MASKED)
             where = _bin(key >> _ID_BITS)
             above = tl.sum(tl.where(where < first, key >> _ID_BITS, 0))
             wanted = (where == count_bin) | ((where >= first) & (where <= last))
             many = tl.sum(wanted.to(tl.int32))
             if many > 0:
-                _append(listed + row * ROOM, state + 8 * row + 3, key, wanted, many, ROOM)
-        tl.store(sums + row * B + block, above)
+                _append(listed, state + 3, key, wanted, many, ROOM)
+        tl.store(sums + block, above)
         if _is_last(seen + row, B):
-            size = tl.load(state + 8 * row + 3, cache_modifier=".cg")
-            key, least = _cut(logits, allowed, tally, listed, size, row, k, p, stride, words, peak, heat, least, V,
-                              ROOM, BLOCK, MASKED)  # fmt: skip
+            size = tl.load(state + 3, cache_modifier=".cg").to(tl.int32)
+            least = _cut(logits, allowed, tally, listed, size, k, p, peak, heat, least, V, ROOM, BLOCK, MASKED)
             if size <= ROOM:
-                at = sums + row * B + (_token(key) // BLOCK)
-                tl.atomic_add(at, key >> _ID_BITS, mask=(key >= least) & (key > 0), sem="relaxed")
+                c = tl.arange(0, ROOM)
+                key = tl.load(listed + c, mask=c < size, other=0, cache_modifier=".cg")
+                tl.atomic_add(sums + _token(key) // BLOCK, key >> _ID_BITS, mask=(key >= least) & (key > 0),
+                              sem="relaxed")  # fmt: skip
             else:
                 for i in range(B):
-                    column = i * BLOCK + tl.arange(0, BLOCK)
-                    part = _keys(logits, allowed, row, column, stride, words, peak, heat, least, V, MASKED)
-                    tl.store(sums + row * B + i, tl.sum(part >> _ID_BITS))
+                    key = _keys(logits, allowed, i * BLOCK + tl.arange(0, BLOCK), peak, heat, least, V, MASKED)
+                    tl.store(sums + i, tl.sum(key >> _ID_BITS))
             tl.debug_barrier()
             share = _uniform(tl.load(seed + row), tl.load(position + row))
-            tl.store(token + row, _draw(logits, allowed, sums, row, stride, words, peak, heat, least, share, V, B, ALL,
-                                        BLOCK, MASKED))  # fmt: skip
+            tl.store(token + row, _draw(logits, allowed, sums, peak, heat, least, share, V, B, ALL, BLOCK, MASKED))
     release_next(pdl)
 
 
@@ -470,7 +440,7 @@ def _survey(logits, token, best, sums, ahead, stride, V: tl.constexpr, B: tl.con
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
     wait_for_inputs(pdl)
-    x = _logits(logits, logits, row, column, stride, 0, V, False)
+    x = _logits(logits + row * stride, logits, column, V, False)
     chosen = tl.load(token + row)
     mine = _order(tl.load(logits + row * stride + chosen).to(tl.float32), chosen)
     release_next(pdl)
@@ -504,7 +474,7 @@ def _likeliest(logits, token, best, sums, ahead, logprob, rank, top, top_logprob
         tl.store(top_logprob + row * K + i, (_logit(first).to(tl.float64) - norm).to(tl.float32))
         block = (_token(first) // BLOCK).to(tl.int32)
         column = block * BLOCK + tl.arange(0, BLOCK)
-        rest = _order(_logits(logits, logits, row, column, stride, 0, V, False), column)
+        rest = _order(_logits(logits + row * stride, logits, column, V, False), column)
         rest = tl.where((rest < first) & (column < V), rest, _NOTHING)
         key = tl.where(b == block, tl.max(rest), key)
     release_next(pdl)
