@@ -64,7 +64,7 @@ def _sizes(config: ModelConfig, rows: int, contexts: Sequence[int]) -> dict[str,
         "sample": [{"S": rows, "V": V}],
         "logprobs": [{"S": rows, "V": V, "K": 5}],
         "feed": [{"R": rows, "Q": 1}],
-        "embed": [{"T": rows, "V": V, "H": H}],
+        "embed": [{"T": rows, "V": V, "K": H}],
     }
     if moe := config.moe:
         experts = {"E": moe.num_experts, "K": moe.experts_per_token, "H": H, "I": moe.intermediate_size}

@@ -15,7 +15,7 @@ from tritium.models.rope import inverse_frequencies
 from tritium.nn.batch import AttentionCache, ForwardBatch, GdnCache, LayerCache, Parameters
 from tritium.nn.mixers import Attention, GatedDeltaNet
 from tritium.nn.mlps import Mlp, SparseMoe
-from tritium.ops.embedding import embed
+from tritium.ops.feed import embed
 from tritium.ops.linear import linear
 from tritium.ops.norm import rms_norm
 from tritium.ops.spans import Spans
@@ -69,7 +69,7 @@ class Decoder:
         self, batch: ForwardBatch, caches: Sequence[LayerCache], layers: Sequence[int] | None = None
     ) -> torch.Tensor:
         """Hidden states after the final norm, [T, H]. `caches` has one entry a layer; `layers`: only these."""
-        x_TH = embed(ids_T=batch.ids_T, embed_VH=self.embed)
+        x_TH = embed(ids_T=batch.ids_T, embed_VK=self.embed)
         for layer, cache in zip(self.layers if layers is None else [self.layers[i] for i in layers], caches):
             x_TH = layer(x_TH, batch.spans, cache)
         return rms_norm(x_MD=x_TH, w_D=self.norm, eps=self.config.rms_eps, dtype=self.dtype)

@@ -1,4 +1,7 @@
-"""What a decode step of a graph is fed with: the rows as the host planned them, with ids that it does not know yet.
+"""What a step begins with: rows of the embedding; and what a decode step of a graph is fed with, the rows as the host
+planned them, with ids that it does not know yet.
+
+    x[t] = embed[id[t]]      in float32 (float64 in float64 networks): the residual stream
 
 A graph keeps one `Table`, ids and positions for R rows of Q tokens; before each replay the host sends one int32 tensor,
 and this op fills them from it:
@@ -9,7 +12,7 @@ and this op fills them from it:
 
 Shapes: R rows, Q tokens a row, D drawn tokens, E = MOST_ENDS; host_HR int32 with H = HEADER + Q + E columns: length,
 context, source, slot, fold, drafts, snap_at, snap_slot, page_at, page; Q ids; E ids that end a row (-1: none). ids_T
-int64 and next_S int64 (positions of the tokens to be drawn), T = S = R Q.
+int64 and next_S int64 (positions of the tokens to be drawn), T = S = R Q. V vocabulary, K hidden.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from tritium.core import MOST_ENDS
 from tritium.ops.spans import Table
-from tritium.ops.spec import Dims, Op, OpSpec
+from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
 
 HEADER = 10
 
@@ -77,10 +81,7 @@ def reference(
     id_QR = torch.where(waits_QR, drawn_D[(-1 - given_QR).clamp_min(0)].clamp_min(0), given_QR)
     over_R = (waits_QR & (id_QR[:, None] == ends_ER[None]).any(1)).any(0)
     lengths_R = torch.where(over_R, 0, host_HR[0])
-    columns = (table.contexts_R, table.sources_R, table.slots_R, table.folds_R, table.drafts_R, table.snap_at_R,
-               table.snap_slot_R)  # fmt: skip
-    table.lengths_R.copy_(lengths_R)
-    for column, values in zip(columns, host_HR[1:8], strict=True):
+    for column, values in zip((*table[1:7], *table[8:10]), (lengths_R, *host_HR[1:8]), strict=True):
         column.copy_(values)
     offset_QR = torch.arange(tokens, device=host_HR.device)[:, None].expand(tokens, rows)
     position_QR = host_HR[1] + offset_QR
@@ -94,3 +95,23 @@ def reference(
 
 
 feed = Op(SPEC, reference, "feed:feed")
+
+
+EMBED_SPEC = OpSpec(
+    name="embed",
+    cases=({"T": 1, "V": 9, "K": 64}, {"T": 5, "V": 33, "K": 1100}),
+    inputs=lambda d, dtype, generator: {
+        "ids_T": torch.randint(d["V"], (d["T"],), generator=generator),
+        "embed_VK": randn(generator, d["V"], d["K"], dtype=dtype),
+    },
+    results=lambda arguments, returned: {"x_TK": returned},
+    bytes_moved=lambda d, size: d["T"] * d["K"] * (size + 4),
+    flops=lambda d: 0,
+)
+
+
+def embed_reference(*, ids_T: torch.Tensor, embed_VK: torch.Tensor) -> torch.Tensor:
+    return functional.embedding(ids_T, embed_VK).to(wide(embed_VK.dtype))
+
+
+embed = Op(EMBED_SPEC, embed_reference, "feed:embed")

@@ -1,4 +1,5 @@
-"""The feed of a graph's decode step, one row a program. See `tritium.ops.feed`."""
+"""The feed of a graph's decode step, one row a program; rows of the embedding, a piece of one a program.
+See `tritium.ops.feed`."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import triton.language as tl
 
 from tritium.core import MOST_ENDS
 from tritium.ops.feed import HEADER
-from tritium.ops.kernels.launch import launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import cdiv, launch, parameters, release_next, wait_for_inputs
 from tritium.ops.spans import Table
 
 
@@ -34,13 +35,9 @@ def _feed(
     for i in tl.static_range(Q):
         tl.store(position + r * Q + i, tl.where(i < length, context + i, -1))
     tl.store(lengths + r, length)
-    tl.store(contexts + r, context)
-    tl.store(sources + r, tl.load(host + 2 * R + r))
-    tl.store(slots + r, tl.load(host + 3 * R + r))
-    tl.store(folds + r, tl.load(host + 4 * R + r))
-    tl.store(drafts + r, tl.load(host + 5 * R + r))
-    tl.store(snap_at + r, tl.load(host + 6 * R + r))
-    tl.store(snap_slot + r, tl.load(host + 7 * R + r))
+    columns = (contexts, sources, slots, folds, drafts, snap_at, snap_slot)
+    for i in tl.static_range(7):
+        tl.store(columns[i] + r, tl.load(host + (i + 1) * R + r))
     page_at = tl.load(host + 8 * R + r)
     page = tl.load(host + 9 * R + r)
     release_next(pdl)
@@ -52,8 +49,25 @@ def feed(
 ) -> None:
     rows = host_HR.shape[1]
     launch(
-        _feed, (rows,), host_HR, drawn_D, table.lengths_R, table.contexts_R, table.sources_R, table.slots_R,
-        table.folds_R, table.drafts_R, table.snap_at_R, table.snap_slot_R, table.pages_RP, table.position_T, ids_T,
-        next_S, table.pages_RP.stride(0), rows, Q=len(ids_T) // rows, HEADER=HEADER, ENDS=MOST_ENDS,
+        _feed, (rows,), host_HR, drawn_D, *table[1:7], *table[8:11], table.position_T, ids_T, next_S,
+        table.pages_RP.stride(0), rows, Q=len(ids_T) // rows, HEADER=HEADER, ENDS=MOST_ENDS,
         **parameters("feed", host_HR),
     )  # fmt: skip
+
+
+@triton.jit
+def _embed(ids, embed, x, K: tl.constexpr, BLOCK: tl.constexpr, pdl: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_inputs(pdl)
+    row = tl.load(embed + tl.load(ids + token) * K + k, mask=k < K, other=0.0)
+    release_next(pdl)
+    tl.store(x + token * K + k, row.to(tl.float32), mask=k < K)
+
+
+def embed(*, ids_T: torch.Tensor, embed_VK: torch.Tensor) -> torch.Tensor:
+    tokens, hidden = len(ids_T), embed_VK.shape[1]
+    x_TK = torch.empty((tokens, hidden), dtype=torch.float32, device=embed_VK.device)
+    found = parameters("embed", embed_VK, K=hidden)
+    launch(_embed, (tokens, cdiv(hidden, found["BLOCK"])), ids_T, embed_VK, x_TK, K=hidden, **found)
+    return x_TK
