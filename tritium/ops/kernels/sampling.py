@@ -281,19 +281,14 @@ def _weigh(logits, allowed, best, state, tally, listed, sums, seen, token, tempe
         if _is_last(seen + row, B):
             size = tl.load(state + 2, cache_modifier=".cg").to(tl.int32)
             if not cuts:
-                found = _draw(logits, allowed, sums, peak, heat, least, share, V, B, ALL, BLOCK, MASKED)
-                tl.store(token + row, found)
+                tl.store(token + row, _draw(logits, allowed, sums, peak, heat, least, share, V, B, ALL, BLOCK, MASKED))
             elif size <= FEW:
                 tl.store(token + row, _choose(listed, size, k, p, share, FEW))
             else:
                 _, mass, count_bin = _tallied(tally, k)
-                first, last = count_bin, count_bin * 0 - 1
-                if p < 1:
-                    first = _mass_bin(mass, p, _before(mass, count_bin))
-                    last = _mass_bin(mass, p, _before(mass, count_bin + 1))
                 tl.store(state + 4, count_bin)
-                tl.store(state + 5, first)
-                tl.store(state + 6, last)
+                tl.store(state + 5, tl.where(p < 1, _mass_bin(mass, p, _before(mass, count_bin)), count_bin))
+                tl.store(state + 6, tl.where(p < 1, _mass_bin(mass, p, _before(mass, count_bin + 1)), -1))
     release_next(pdl)
 
 
@@ -336,6 +331,7 @@ def _cut(logits, allowed, tally, listed, size, k, p, peak, heat, least, V: tl.co
                               k.to(tl.float64), False, V, ROOM, BLOCK, MASKED)  # fmt: skip
         total = _before(mass, count_bin) + heavy
     if p < 1:
+        _, mass, _ = _tallied(tally, k)  # again: kept meanwhile, it would take too many registers
         mass_bin = _mass_bin(mass, p, total)
         last, _ = _search(logits, allowed, listed, size, peak, heat, least, mass_bin, _before(mass, mass_bin),
                           p * total.to(tl.float64), True, V, ROOM, BLOCK, MASKED)  # fmt: skip
@@ -369,15 +365,15 @@ def _collect(logits, allowed, best, state, tally, listed, sums, seen, token, tem
         if _is_last(seen + row, B):
             size = tl.load(state + 3, cache_modifier=".cg").to(tl.int32)
             least = _cut(logits, allowed, tally, listed, size, k, p, peak, heat, least, V, ROOM, BLOCK, MASKED)
-            if size <= ROOM:
-                c = tl.arange(0, ROOM)
-                key = tl.load(listed + c, mask=c < size, other=0, cache_modifier=".cg")
-                tl.atomic_add(sums + _token(key) // BLOCK, key >> _ID_BITS, mask=(key >= least) & (key > 0),
-                              sem="relaxed")  # fmt: skip
-            else:
-                for i in range(B):
-                    key = _keys(logits, allowed, i * BLOCK + tl.arange(0, BLOCK), peak, heat, least, V, MASKED)
-                    tl.store(sums + i, tl.sum(key >> _ID_BITS))
+            for start in range(0, size if size <= ROOM else V, BLOCK):
+                c = start + tl.arange(0, BLOCK)
+                if size <= ROOM:
+                    key = tl.load(listed + c, mask=c < size, other=0, cache_modifier=".cg")
+                    key = tl.where(key >= least, key, 0)
+                    tl.atomic_add(sums + _token(key) // BLOCK, key >> _ID_BITS, mask=key > 0, sem="relaxed")
+                else:
+                    key = _keys(logits, allowed, c, peak, heat, least, V, MASKED)
+                    tl.store(sums + start // BLOCK, tl.sum(key >> _ID_BITS))
             tl.debug_barrier()
             share = _uniform(tl.load(seed + row), tl.load(position + row))
             tl.store(token + row, _draw(logits, allowed, sums, peak, heat, least, share, V, B, ALL, BLOCK, MASKED))
