@@ -11,10 +11,23 @@ import torch
 import triton
 import triton.language as tl
 
+from tritium.ops.kernels.four_bits import factor_of
 from tritium.ops.kernels.launch import cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.kernels.mlp import silu
 from tritium.ops.kernels.moe import _tile, _two_rows, _vector, keys, lanes_of, logits_stride, next_expert
-from tritium.ops.kernels.one_token import LEAST, by_token, form, largest, row_scales, rows_by_token, words
+from tritium.ops.kernels.one_token import (
+    LEAST,
+    QUICK,
+    as_factors,
+    by_token,
+    form,
+    largest,
+    multiplied,
+    row_scales,
+    rows_by_token,
+    split4,
+    words,
+)
 from tritium.ops.quantized import Quantized
 
 
@@ -50,11 +63,11 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
                                                        GROUP, SHARING, EVEN)  # fmt: skip
         wait_for_inputs(pdl)
         top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
-        pair, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top,
-                                      x, norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
+        sums, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
+                                      norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
         release_next(pdl)
         unit = tl.rsqrt(squares / H + eps)
-        tl.store(inner + s, (silu(pair[0] * unit) * (pair[1] * unit)).to(inner.dtype.element_ty), mask=rows)
+        tl.store(inner + s, (silu(sums[0] * unit) * (sums[1] * unit)).to(inner.dtype.element_ty), mask=rows)
     else:
         e = (tl.program_id(0) - blocks) * (2 * ROWS) + r
         k = tl.arange(0, BLOCK)
@@ -97,12 +110,63 @@ def _up_one(x, norm, logits, gate_up, scales, inner, eps, H: tl.constexpr, E: tl
         value, chosen, key = next_expert(key, expert)
         total += tl.exp(value - first)
     top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
-    pair, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
+    sums, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
                                   norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
     release_next(pdl)
     unit = tl.rsqrt(squares / H + eps)
-    value = silu(pair[0] * unit) * (pair[1] * unit) * tl.max(mine / total, axis=0)
+    value = silu(sums[0] * unit) * (sums[1] * unit) * tl.max(mine / total, axis=0)
     tl.store(inner + rank * I + i, value.to(inner.dtype.element_ty), mask=rows)
+
+
+@triton.jit
+def _as_factors(x, start, at, inside, PARTS: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr,
+                NATIVE: tl.constexpr):  # fmt: skip
+    """Of stretches of x that lie in PARTS equal parts of N groups, `as_factors`, by parts what x was scaled
+    for, and what products count by [N]. `start` [N, 1] is a stretch's first number; `at` [N, 16] are bytes of a
+    weight's row as they lie, which meet one or two numbers of x each, as `inside`, or none."""
+    N: tl.constexpr = at.shape[0]
+    dtype: tl.constexpr = x.dtype.element_ty
+    if KIND == "int8" or KIND == "e4m3":
+        values = (tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32),)
+    elif dtype == tl.float32:
+        values = (tl.load(x + start + 2 * at, mask=inside, other=0.0),)
+        values += (tl.load(x + start + 2 * at + 1, mask=inside, other=0.0),)  # type: ignore[assignment]
+    else:
+        two = tl.load((x + start).to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
+        values = (two.to(tl.int16).to(dtype, bitcast=True).to(tl.float32),)
+        values += ((two >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),)  # type: ignore[assignment]
+    unit = tl.full([N], 1.0, tl.float32)
+    if LARGEST > 0:
+        most = tl.max(tl.abs(values[0]), axis=1).to(tl.int32, bitcast=True)  # integers sort alike, and faster
+        most = tl.max(tl.reshape(most, [PARTS, N // PARTS]), axis=1)
+        most = tl.reshape(tl.broadcast_to(most[:, None], [PARTS, N // PARTS]), [N]).to(tl.float32, bitcast=True)
+        most = tl.maximum(most, LEAST)
+        values = (values[0] * (LARGEST / most)[:, None],)
+        unit = most / LARGEST * (64.0 if NATIVE == QUICK else 1.0)
+    elif len(values) == 2 and NATIVE == QUICK:
+        unit *= 0.0625 if KIND == "int4" else 0.5
+    elif len(values) == 2:
+        unit *= 2.0**69 if KIND == "int4" else 2.0**68
+    value = tl.reshape(values[0], [4 * N, 4])
+    if len(values) == 2:
+        even, odd = split4(value), split4(tl.reshape(values[1], [4 * N, 4]))
+        value = even[0], odd[0], even[1], odd[1], even[2], odd[2], even[3], odd[3]
+    factors, added = as_factors(value, KIND, LARGEST > 0, NATIVE)
+    return factors, added, unit
+
+
+@triton.jit
+def _product(tile, scale, factors, added, unit, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """[N, 16] bytes of weights, scales and units [N] by factors: [N]."""
+    bytes4 = tl.reshape(tile, [tile.shape[0], 4, 4]).to(tl.int32) << (8 * tl.arange(0, 4))[None, None, :]
+    out = multiplied(tl.reshape(tl.sum(bytes4, axis=2), [1, 4 * tile.shape[0]]), factors, added, KIND, NATIVE)
+    return tl.reshape(out, [tile.shape[0]]).to(tl.float32) * (factor_of(scale) * unit)
+
+
+@triton.jit
+def _joined(rows):
+    """A power of 2 of [N] as [N, 2, .. 2], the last of them the lowest bit of a row's number."""
+    return tl.join(_joined(rows[0::2]), _joined(rows[1::2])) if len(rows) > 1 else rows[0]
 
 
 @triton.jit
@@ -112,44 +176,67 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
               BLOCK_S: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GROUP_S: tl.constexpr,
               SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
               pdl: tl.constexpr):  # fmt: skip
-    """ROWS of the result, all words of weights on their way at once; EARLY: before the wait, as in `moe`."""
-    FULL: tl.constexpr = H % ROWS == 0
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = row < H
-    zero = tl.program_id(0).to(tl.int64) * 0
-    of_shared = _first(shared, shared_scales, zero, row, rows, S, H, BLOCK_S, KIND, GROUP_S, SHARING,
-                       FULL and S == BLOCK_S)  # fmt: skip
+    """ROWS of the result, all words of weights on their way at once; EARLY: before the wait, as in `moe`, and what the
+    shared expert gives, which the kernel before the last one left. A row of all chosen experts is one of RANKS equal
+    parts: groups of four words [N], of which a thread holds the bytes and the numbers of x that they meet."""
+    PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
+    WIDTH: tl.constexpr = I // PER * 4
+    WIDTH_S: tl.constexpr = S // PER * 4
+    G: tl.constexpr = BLOCK // (4 * PER)
+    G_S: tl.constexpr = BLOCK_S // (4 * PER)
+    SCALES: tl.constexpr = (I + GROUP - 1) // GROUP if GROUP else 1
+    SCALES_S: tl.constexpr = (S + GROUP_S - 1) // GROUP_S if GROUP_S else 1
+    first = tl.program_id(0) * ROWS
+    byte = tl.arange(0, 16)[None, :]
+    n = tl.arange(0, ROWS * G_S)
+    row = tl.minimum(first + n // G_S, H - 1)
+    group_s = n % G_S
+    at_s = group_s[:, None] * 16 + byte
+    in_s = at_s < WIDTH_S
+    tile_s = tl.load(shared + row[:, None] * WIDTH_S + at_s, mask=in_s, other=0, eviction_policy="evict_first")
+    group_s = tl.minimum(group_s * (4 * PER) // GROUP_S, SCALES_S - 1) if GROUP_S else 0
+    scale_s = tl.load(shared_scales + row // SHARING * SCALES_S + group_s)
     if not EARLY:
         wait_for_inputs(pdl)
     key, expert = keys(logits, tl.arange(0, COPIES) * 0, 1.0, 0, STRIDE, E, LANES, PARTS, 1)
     gate = tl.load(logits + E)
-    tiles = ()
-    for _ in tl.static_range(K):
-        value, who, key = next_expert(key, expert)
-        tiles += (_first(down, scales, tl.max(who, axis=0).to(tl.int64), row, rows, I, H, BLOCK, KIND, GROUP, SHARING,
-                         FULL and I == BLOCK),)  # type: ignore[assignment] # fmt: skip
+    n = tl.arange(0, RANKS * G)
+    rank = n // G
+    group = n % G
+    chosen = rank * 0
+    for j in tl.static_range(K):
+        _, who, key = next_expert(key, expert)
+        if COPIES * 32 <= RANKS * G:  # a warp's copy is for what that warp's threads hold of [N]
+            who = tl.broadcast_to(who[None, :, None], [RANKS * G // (32 * COPIES), COPIES, 32])
+            who = tl.reshape(who, [RANKS * G])
+        else:
+            who = tl.max(who, axis=0)
+        chosen = tl.where(rank == j, who, chosen)
+    chosen = chosen.to(tl.int64)
+    at = group[:, None] * 16 + byte
+    inside = (rank < K)[:, None] & (at < WIDTH)
+    group = tl.minimum(group * (4 * PER) // GROUP, SCALES - 1) if GROUP else 0
+    tiles, tile_scales, out = (), (), ()
+    for r in tl.static_range(ROWS):
+        row = tl.minimum(first + r, H - 1)
+        tile_at = down + (chosen * H + row)[:, None] * WIDTH + at
+        tile = tl.load(tile_at, mask=inside, other=0, eviction_policy="evict_first")
+        tiles += (tile,)  # type: ignore[assignment]
+        row = chosen * ((H + SHARING - 1) // SHARING) + row // SHARING
+        tile_scales += (tl.load(scales + row * SCALES + group),)  # type: ignore[assignment]
+    row = first + tl.arange(0, ROWS)
+    residual = tl.load(x + row, mask=row < H, other=0.0)
+    factors, added, unit = _as_factors(inner_shared, 0, at_s, in_s, ROWS, KIND, LARGEST, NATIVE)
+    of_shared = _product(tile_s, scale_s, factors, added, unit, KIND, NATIVE)
+    residual += tl.sum(tl.reshape(of_shared, [ROWS, G_S]), axis=1) / (1.0 + tl.exp(-gate))
     if EARLY:
         wait_for_inputs(pdl)
-    residual = tl.load(x + row, mask=rows, other=0.0)
-    rank, i = tl.arange(0, RANKS), tl.arange(0, BLOCK)
-    tops = tl.zeros((RANKS,), tl.float32)
-    top_shared = 1.0
-    if LARGEST > 0:
-        value = tl.load(inner + rank[:, None] * I + i[None, :], mask=(rank < K)[:, None] & (i < I)[None, :], other=0.0)
-        tops = tl.maximum(tl.max(tl.abs(value.to(tl.float32)), axis=1), LEAST)
-        top_shared = largest(inner_shared, inner_shared, S, False, NATIVE)
-    total = tl.zeros((ROWS,), tl.float32)
-    for j in tl.static_range(K):
-        at, scale_at, tile, scale = tiles[j]  # type: ignore[var-annotated]
-        top = tl.sum(tl.where(rank == j, tops, 0.0), axis=0)
-        out, _ = rows_by_token((tile,), (scale,), (at,), (scale_at,), top, inner + j * I, inner, rows, I, BLOCK, KIND,
-                               GROUP, LARGEST, NATIVE, FULL, False)  # fmt: skip
-        total += out[0]
-    at, scale_at, tile, scale = of_shared
-    out, _ = rows_by_token((tile,), (scale,), (at,), (scale_at,), top_shared, inner_shared, inner_shared, rows, S,
-                           BLOCK_S, KIND, GROUP_S, LARGEST, NATIVE, FULL, False)  # fmt: skip
+    factors, added, unit = _as_factors(inner, rank[:, None] * I, at, inside, RANKS, KIND, LARGEST, NATIVE)
+    for r in tl.static_range(ROWS):
+        out += (_product(tiles[r], tile_scales[r], factors, added, unit, KIND, NATIVE),)  # type: ignore[assignment]
+    total = tl.reshape(tl.sum(_joined(out), axis=0), [ROWS])
     release_next(pdl)
-    tl.store(y + row, residual + total + out[0] / (1.0 + tl.exp(-gate)), mask=rows)
+    tl.store(y + row, residual + total, mask=row < H)
 
 
 def serves(weights: tuple[Any, ...]) -> bool:

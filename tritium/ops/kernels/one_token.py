@@ -77,8 +77,8 @@ def _byte(word):
 
 @triton.jit
 def _nibbles(word, KIND: tl.constexpr):
-    """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `_places` says: the bits of a
-    float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice the number."""
+    """Of the eight numbers of words, lowest first, float32 of n · 2^(p - 149), p as `as_factors` says: the bits
+    of a float32 from 24 on are 0, and so the others count. n: of int4 the number + 8, of e2m1 twice the number."""
     values = ()
     for j in tl.static_range(8):
         if KIND == "int4":
@@ -87,13 +87,6 @@ def _nibbles(word, KIND: tl.constexpr):
             bits = (word << (28 - 4 * j)) >> 6 & -0x7E400000
         values += (bits.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
     return values
-
-
-@triton.jit
-def _places(j, KIND: tl.constexpr):
-    """2^(80 - p) of number j of a word."""
-    place = 4 * j - tl.where(j < 6, 0, 8) if KIND == "int4" else j * 0 + 22
-    return ((127 + 80 - place) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -140,42 +133,54 @@ def _bytes(four):
 @triton.jit
 def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
            KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """Of W words' columns of the token from k on: x (1 + n) as factors of their numbers (rounded int8: as words; or as
-    `_halves` or `_bytes`), Σ x² by word, and for 4 bits what is too much in each word's product, for int4 comes with 8
-    added, or the scale of `_bytes` by four words."""
+    """`as_factors` of W words' columns of the token from k on, x (1 + n), and Σ x² by word."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
-    j = tl.arange(0, 4)
-    at = k + tl.arange(0, W)[:, None] * PER + j[None, :]
+    at = k + tl.arange(0, W)[:, None] * PER + tl.arange(0, 4)[None, :]
     value, squares = _four(x, norm, at, factor, K, EVEN, NORM)
-    added = squares
-    if KIND == "int8" and ROUND:
-        out = (tl.sum(rounded_bits(value, KIND, NATIVE) << (8 * j)[None, :], axis=1),)
-    elif PER == 4:
-        low = split4(value)
-        if NATIVE == QUICK:
-            out = (_halves(low),)
-        elif ROUND:
-            out = _e4m3(tl.sum(rounded_bits(value, KIND, NATIVE) << (8 * j)[None, :], axis=1))
-        else:
-            out = low
-    else:
+    if PER == 8:
         high, more = _four(x, norm, at + 4, factor, K, EVEN, NORM)
         squares += more
-        if NATIVE == QUICK:
-            most = tl.max(tl.maximum(tl.abs(value), tl.abs(high)), axis=1)
-            most = tl.maximum(tl.max(tl.reshape(most, [W // 4, 4]), axis=1), LEAST)
-            added = most * (1 / 32512)
-            unit = tl.reshape(tl.broadcast_to((32512 / most)[:, None], [W // 4, 4]), [W])[:, None]
-            low, high = split4(value * unit), split4(high * unit)
-            if KIND == "int4":  # even columns lie in the low halves of bytes
-                low, high = (low[0], low[2], high[0], high[2]), (low[1], low[3], high[1], high[3])
-            out = (_bytes(low), _bytes(high))  # type: ignore[assignment]
-        else:
-            added = tl.sum(value + high, axis=1) * 2.0**-66
-            low = split4(value * _places(j, KIND)[None, :])
-            high = split4(high * _places(4 + j, KIND)[None, :])
-            out = (low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3])  # type: ignore[assignment]
+        value = split4(value) + split4(high)
+    out, added = as_factors(value, KIND, ROUND, NATIVE)
     return out, squares, added
+
+
+@triton.jit
+def as_factors(x, KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):
+    """Columns of words, [W, 4] or for 4 bits eight [W], as factors of their numbers (rounded int8: as words; or as
+    `_halves` or `_bytes`), and for 4 bits what is too much in each word's product, for int4 comes with 8 added, or the
+    scale of `_bytes` by four words."""
+    added = x
+    if KIND == "int8" or KIND == "e4m3":
+        if NATIVE == QUICK:
+            out = (_halves(split4(x)),)
+        elif ROUND:
+            word = tl.sum(rounded_bits(x, KIND, NATIVE) << (8 * tl.arange(0, 4))[None, :], axis=1)
+            out = (word,) if KIND == "int8" else _e4m3(word)
+        else:
+            out = split4(x)
+    elif NATIVE == QUICK:
+        W: tl.constexpr = x[0].shape[0]
+        most = tl.abs(x[0])
+        for j in tl.static_range(1, 8):
+            most = tl.maximum(most, tl.abs(x[j]))
+        most = tl.maximum(tl.max(tl.reshape(most, [W // 4, 4]), axis=1), LEAST)
+        added = most * (1 / 32512)
+        unit = tl.reshape(tl.broadcast_to((32512 / most)[:, None], [W // 4, 4]), [W])
+        scaled = ()
+        for j in tl.static_range(8):  # even columns of int4 lie in the low halves of bytes
+            scaled += (x[j % 4 * 2 + j // 4 if KIND == "int4" else j] * unit,)  # type: ignore[assignment]
+        out = (_bytes(scaled[:4]),)
+        out += (_bytes(scaled[4:]),)  # type: ignore[assignment]
+    else:
+        out, added = (), x[0]  # type: ignore[assignment]
+        for j in tl.static_range(8):
+            added += x[j] if j > 0 else 0.0
+            out += (
+                x[j] * 2.0 ** (80 - (22 if KIND == "e2m1" else 4 * j if j < 6 else 4 * j - 8)),  # 2^(80 - p)
+            )  # type: ignore[assignment]
+        added *= 2.0**-66
+    return out, added
 
 
 def _four_words(kind: str) -> str:
@@ -224,7 +229,7 @@ def _twelve(x):
 
 
 @triton.jit
-def _multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
+def multiplied(tile, factors, added, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """[ROWS, W] words by the factors of a token: sums of four words' products, which one thread holds, [ROWS, W / 4];
     int32 of rounded int8."""
     FOUR: tl.constexpr = tile.shape[1] // 4
@@ -355,7 +360,7 @@ def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constex
         squares += more
         next_tiles, next_scales, next_totals = (), (), ()
         for j in tl.static_range(BLOCKS):
-            product = _multiplied(tiles[j], factors, added, KIND, NATIVE)
+            product = multiplied(tiles[j], factors, added, KIND, NATIVE)
             next_totals += (totals[j] + (product * factor_of(scales[j]) if GROUP else product),)
             if GROUP:
                 next_scales += (row_scales(scale_at[j], k, rows, WIDTH, W, GROUP, PER, EVEN),)
@@ -366,7 +371,7 @@ def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constex
     factors, more, added = _token(x, norm, LAST * COLUMNS, factor, K, W, WHOLE, NORM, KIND, ROUND, NATIVE)
     outs = ()
     for j in tl.static_range(BLOCKS):
-        product = _multiplied(tiles[j], factors, added, KIND, NATIVE)
+        product = multiplied(tiles[j], factors, added, KIND, NATIVE)
         total = totals[j] + (product * factor_of(scales[j]) if GROUP else product)
         out = tl.sum(total, axis=1).to(tl.float32) * unit
         outs += (out if GROUP else out * tl.sum(scales[j], axis=1),)
