@@ -40,9 +40,9 @@ def _first(w, scales, base, row, rows, K: tl.constexpr, J: tl.constexpr, COLUMNS
     W: tl.constexpr = COLUMNS // PER
     word = (base * J + row)[:, None] * (K // PER) + tl.arange(0, W)[None, :]
     at = w.to(tl.pointer_type(tl.int32)) + word
-    scale_at = scales + (base * ((J + SHARING - 1) // SHARING) + row // SHARING)[:, None] * G
-    tile = words(at, 0, rows, K // PER, W, EVEN)
-    return at, scale_at, tile, row_scales(scale_at, 0, rows, K // PER, W, GROUP, PER, EVEN)
+    scale_at = scales + (base * ((J + SHARING - 1) // SHARING) + row // SHARING) * G
+    scale = row_scales(scale_at, 0, rows, K // PER, W, GROUP, PER, EVEN)
+    return at, scale_at, words(at, 0, rows, K // PER, W, EVEN), scale
 
 
 @triton.jit

@@ -291,13 +291,13 @@ def row_scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.cons
     if GROUP:
         # Turned, neighbours of a column are neighbours in memory for the compiler, and threads lie as for the words.
         word = k + tl.arange(0, W // 4) * 4
-        turned = tl.trans(at) + word[:, None] // (GROUP // PER)
+        turned = at[None, :] + word[:, None] // (GROUP // PER)
         if EVEN:
             out = tl.trans(tl.load(turned))
         else:
             out = tl.trans(tl.load(turned, mask=rows[None, :] & (word < WIDTH)[:, None], other=0))
     else:
-        out = tl.load(at, mask=rows[:, None], other=0.0)
+        out = tl.load(at[:, None], mask=rows[:, None], other=0.0)
     return out
 
 
@@ -345,7 +345,8 @@ def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constex
     BLOCKS: tl.constexpr = len(tiles)
     totals = ()
     for _ in tl.static_range(BLOCKS):
-        totals += (tl.zeros([rows.shape[0], W // 4], tl.int32 if KIND == "int8" else tl.float32),)
+        total = tl.zeros([rows.shape[0], W // 4], tl.int32 if KIND == "int8" else tl.float32)
+        totals += (total,)  # type: ignore[assignment]
     squares = tl.zeros([W], tl.float32)
     factor, unit = 1.0, 1.0
     if ROUND:
@@ -361,10 +362,12 @@ def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constex
         next_tiles, next_scales, next_totals = (), (), ()
         for j in tl.static_range(BLOCKS):
             product = multiplied(tiles[j], factors, added, KIND, NATIVE)
-            next_totals += (totals[j] + (product * factor_of(scales[j]) if GROUP else product),)
+            product = product * factor_of(scales[j]) if GROUP else product
+            next_totals += (totals[j] + product,)  # type: ignore[assignment,misc]
             if GROUP:
-                next_scales += (row_scales(scale_at[j], k, rows, WIDTH, W, GROUP, PER, EVEN),)
-            next_tiles += (words(at[j], k, rows, WIDTH, W, EVEN),)
+                scale = row_scales(scale_at[j], k, rows, WIDTH, W, GROUP, PER, EVEN)
+                next_scales += (scale,)  # type: ignore[assignment]
+            next_tiles += (words(at[j], k, rows, WIDTH, W, EVEN),)  # type: ignore[assignment]
         tiles, totals = next_tiles, next_totals
         if GROUP:
             scales = next_scales
@@ -374,7 +377,7 @@ def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constex
         product = multiplied(tiles[j], factors, added, KIND, NATIVE)
         total = totals[j] + (product * factor_of(scales[j]) if GROUP else product)
         out = tl.sum(total, axis=1).to(tl.float32) * unit
-        outs += (out if GROUP else out * tl.sum(scales[j], axis=1),)
+        outs += (out if GROUP else out * tl.sum(scales[j], axis=1),)  # type: ignore[assignment]
     return outs, tl.sum(squares + more)
 
 

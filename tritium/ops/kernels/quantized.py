@@ -95,10 +95,11 @@ def _rows(program, w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.
     at, scale_at, tiles, of_rows = (), (), (), ()
     for j in tl.static_range(BLOCKS * (1 + GATED)):
         row = j % BLOCKS * ROWS + j // BLOCKS * N
-        at += (base + row * WIDTH,)
-        scale_at += (scales + ((n + row) // SHARING)[:, None] * G,)
-        of_rows += (row_scales(scale_at[j], 0, rows, WIDTH, W, GROUP, PER, EVEN),)
-        tiles += (words(at[j], 0, rows, WIDTH, W, EVEN),)
+        words_at, scales_at = base + row * WIDTH, scales + (n + row) // SHARING * G
+        at += (words_at,)  # type: ignore[assignment]
+        scale_at += (scales_at,)  # type: ignore[assignment]
+        of_rows += (row_scales(scales_at, 0, rows, WIDTH, W, GROUP, PER, EVEN),)  # type: ignore[assignment]
+        tiles += (words(words_at, 0, rows, WIDTH, W, EVEN),)  # type: ignore[assignment]
     if PREFETCH > 0:
         _prefetch(w, first, N, WIDTH * 4, ALL, W * 4, PREFETCH * W * 4, THREADS)
         if GATED:
