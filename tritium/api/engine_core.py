@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,9 @@ from tritium.models.config import ModelConfig
 
 class EngineCore(Protocol):
     """Ids in, ids out, one step at a time. Not thread safe: after loading, all calls come from one thread."""
+
+    announce: Callable[[], object]
+    """Called in a step when its tokens are known, a moment before they are given: whoever waits may get up."""
 
     @property
     def model_config(self) -> ModelConfig: ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import operator
 import os
@@ -35,7 +36,10 @@ _BACK_OFF = (0.1, 30.0)
 """Seconds before the first restart, and the most; doubled each time, until an engine has lived that long."""
 _PATIENCE = 5.0
 _MAIN = f"import sys; from {__name__} import main; main(int(sys.argv[1]))"
+_AWAKE_SECONDS = 0.002
 _EVENT = operator.attrgetter(*(field.name for field in fields(TokenEvent)))
+_PLAIN = _EVENT(TokenEvent(""))[3:]
+"""Of an event that tells of tokens and nothing else, what follows them."""
 _STATS = operator.attrgetter(*(field.name for field in fields(EngineStats)))
 
 
@@ -179,16 +183,29 @@ class _Line(asyncio.Protocol):
         self.death: EngineDeadError | None = None
         self._tell = tell
         self._buffer = b""
+        self._awake_until = 0.0
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         while len(self._buffer) >= 4 and len(self._buffer) >= (end := 4 + int.from_bytes(self._buffer[:4], "big")):
-            told, self._buffer = pickle.loads(self._buffer[4:end]), self._buffer[end:]
+            message, self._buffer = self._buffer[4:end], self._buffer[end:]
+            if not message:
+                self._awake_until = time.monotonic() + _AWAKE_SECONDS
+                self._stay_awake()
+                continue
+            self._awake_until = 0.0
+            told = pickle.loads(message)
             if isinstance(told, Died):
                 self.death = told.error
             else:
                 events, stats, *rest = told
-                self._tell(Report([TokenEvent(*event) for event in events], EngineStats(*stats), *rest))
+                self._tell(Report(itertools.starmap(TokenEvent, events), EngineStats(*stats), *rest))
+
+    def _stay_awake(self) -> None:
+        """A core that sleeps takes longer to wake up than a step's first tokens to be written: the engine tells when
+        it is about to report, and the loop goes round until it has."""
+        if time.monotonic() < self._awake_until:
+            asyncio.get_running_loop().call_soon(self._stay_awake)
 
     def connection_lost(self, _: Exception | None) -> None:
         self.closed.set()
@@ -214,13 +231,14 @@ def main(descriptor: int) -> None:
 
     def tell(report: Report) -> None:
         # Tuples: a pickled dataclass with slots takes 2.5 microseconds, and as much to read.
-        connection.send(([*map(_EVENT, report.events)], _STATS(report.stats), report.made_at, report.refused,
-                         report.kept))
+        events = [event[:3] if event[3:] == _PLAIN else event for event in map(_EVENT, report.events)]
+        connection.send_bytes(pickle.dumps((events, _STATS(report.stats), report.made_at, report.refused, report.kept)))
 
     engine = None
     try:
         engine = load()
         connection.send(EngineFacts.of(engine))
+        engine.announce = lambda: connection.send_bytes(b"")
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection looks through it again in the middle of a step
         drive(engine, commands, tell)

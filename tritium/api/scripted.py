@@ -113,6 +113,7 @@ class ScriptedEngine:
         )
 
     keeps_cache = False
+    announce: Callable[[], object] = staticmethod(lambda: None)
 
     def keep(self, call: CacheCall) -> dict[str, Any]:
         raise RequestError("a scripted engine has no cache")

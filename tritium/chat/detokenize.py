@@ -40,6 +40,8 @@ class Detokenizer:
         return piece
 
     def push(self, id: int) -> str:
+        if not self._window and id not in self._hidden and (known := self._tokenizer.whole.get(id)) is not None:
+            return known
         token = None if id in self._hidden else self._tokenizer.token(id)
         if token is None:
             return ""
@@ -50,6 +52,8 @@ class Detokenizer:
         settled = max(len(text) - text.endswith(_BROKEN), self._emitted)
         piece, self._emitted = text[self._emitted : settled], settled
         if settled == len(text) and self._tokenizer.is_byte_level:
+            if len(self._window) == 1:
+                self._tokenizer.whole[id] = piece
             self._window, self._emitted = [], 0
         elif len(self._window) >= _WINDOW:
             self._window = self._window[-_KEEP:]

@@ -19,21 +19,21 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         """`include` leaves the matched string in the text."""
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)
         self._include = include
         self._held = ""
 
     def push(self, text: str, *, armed: bool = True) -> tuple[str, str | None]:
         """-> (text that is safe to show, the stop string found or None). Matches that end in text pushed while not
         `armed` do not count."""
-        if not self._stops:
+        if not self.stops:
             return text, None
         known, text = len(self._held), self._held + text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._find(text, stop, known)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self.stops if (at := self._find(text, stop, known)) >= 0]
         if armed and found:
             end, start, stop = min(found)
             return text[: end if self._include else start], stop
-        settled = len(text) - max(overlap(text, stop) for stop in self._stops)
+        settled = len(text) - max(overlap(text, stop) for stop in self.stops)
         self._held = text[settled:]
         return text[:settled], None
 

@@ -52,6 +52,8 @@ class TextStream:
         self._answer_tools = answer_tools
         self._reasoning_tools = reasoning_tools
         self._min_tokens = min_tokens
+        self._plain = splitter is None and answer_tools is None and not stops.stops
+        """Whether text is the answer and nothing else."""
         self._unclosed: list[Called] = []
         self._undecided_tokens = 0
         self._finished = False
@@ -71,6 +73,10 @@ class TextStream:
         out = TextDelta()
         if self._finished:
             return out
+        if self._plain and not final:
+            self.tokens_used += len(ids)
+            out.text = "".join(map(self._detokenizer.push, ids))
+            return out
         for id in ids:
             self.tokens_used += 1
             self._token(id, out)
@@ -89,6 +95,8 @@ class TextStream:
             return
         self._undecided_tokens += splitter.inside
         self._take(self._detokenizer.push(id), out)
+        if splitter.done:
+            self._splitter, self._plain = None, self._answer_tools is None and not self._stops.stops
         if not splitter.inside:
             self._undecided_tokens = 0
         elif not splitter.undecided:

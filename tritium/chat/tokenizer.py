@@ -26,6 +26,8 @@ class Tokenizer:
         """One more than the largest id; a model's embedding may have more rows."""
         self.is_byte_level = isinstance(inner.decoder, tokenizers.decoders.ByteLevel)
         """Whether a token stands for the same bytes wherever it comes."""
+        self.whole: dict[int, str] = {}
+        """The texts of tokens seen that are whole characters wherever they come."""
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:

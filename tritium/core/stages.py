@@ -254,6 +254,8 @@ class TokenEvent:
 
     request_id: str
     tokens: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had."""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     drafts: tuple[int, ...] = ()
@@ -267,8 +269,6 @@ class TokenEvent:
     error: str | None = None
     timing: Timing | None = None
     """Set with `finish_reason`."""
-    cached_tokens: int = 0
-    """Prompt tokens that the prefix cache had."""
 
 
 @dataclass(frozen=True, slots=True)

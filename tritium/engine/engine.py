@@ -72,6 +72,7 @@ class Engine:
         """When the step under way began: its launch, or the end of the one before."""
         self.attested = dict(attested or {})
         """Ops that kernels serve: relative difference from their references, on this device, at the start."""
+        self.announce: Callable[[], object] = lambda: None
         self._policy = policy
         self._files = files
         if files is not None:
@@ -163,6 +164,7 @@ class Engine:
             self._following = self._launched(following, after=flight)
         begin, head_seconds = self._began, self.runner.seconds["draft"]
         result = flight.result()
+        self.announce()
         self._began = time.perf_counter()
         if self._policy:
             head_seconds = self.runner.seconds["draft"] - head_seconds

@@ -175,7 +175,7 @@ class ChatShape:
     def __init__(self, request: ChatRequest, door: Door) -> None:
         self._logprobs = bool(request.logprobs)
         self._door = door
-        self._begun: set[int] = set()
+        self.begun: set[int] = set()
         """Choices of which something was streamed."""
 
     def choice(self, completion: Completion) -> dict[str, Any]:
@@ -198,8 +198,8 @@ class ChatShape:
     def deltas(self, event: Event) -> list[dict[str, Any]]:
         """The entries of `choices` to stream for an event; may be none."""
         out = []
-        if event.index not in self._begun:
-            self._begun.add(event.index)
+        if event.index not in self.begun:
+            self.begun.add(event.index)
             out.append(self._delta(event.index, {"role": "assistant", "content": ""}))
         delta: dict[str, Any] = {}
         if event.reasoning:
@@ -243,7 +243,7 @@ class CompletionShape:
         self._n = n
         self._door = door
         self._echoes = self._echo_texts(request.prompt) if request.echo else None
-        self._begun: set[int] = set()
+        self.begun: set[int] = set()
         self._offsets: dict[int, int] = {}
         self._prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
 
@@ -254,7 +254,7 @@ class CompletionShape:
         index = event.index
         if event.prompt_logprobs:  # they come with the chunks of the prompt; shown with the first token
             self._prompt_logprobs[index] = self._prompt_logprobs.get(index, ()) + event.prompt_logprobs
-        first = index not in self._begun and (event.token_ids or event.finish_reason is not None)
+        first = index not in self.begun and (event.token_ids or event.finish_reason is not None)
         if not (first or event.text or event.finish_reason is not None or (self._logprobs and event.logprobs)):
             return []
         return [self._choice(event, self._prompt_logprobs.pop(index, ()))]
@@ -262,11 +262,11 @@ class CompletionShape:
     def _choice(self, said: Event | Completion, prompt_logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         index, text = said.index, said.text
         entries: list[tuple[int, TokenLogprob | None]] = [(entry.token, entry) for entry in said.logprobs]
-        if index not in self._begun and self._echoes is not None:
+        if index not in self.begun and self._echoes is not None:
             prompt = self._prompts[index // self._n]
             text = self._echoes[index // self._n] + text
             entries = [(prompt[0], None), *((entry.token, entry) for entry in prompt_logprobs), *entries]
-        self._begun.add(index)
+        self.begun.add(index)
         return {
             "index": index,
             "text": text,

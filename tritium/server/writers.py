@@ -17,6 +17,7 @@ from tritium.core import Event, FinishReason, Usage
 from tritium.server.convert import ChatShape, CompletionShape
 from tritium.server.protocol import StreamOptions
 
+_MARK = "\0"
 _USAGE = operator.attrgetter(*(field.name for field in dataclasses.fields(Usage)))
 
 
@@ -56,6 +57,8 @@ class OpenAIWriter:
         self._include_usage = stream_options is not None and stream_options.include_usage
         # The same for every chunk, so serialized once: this runs for every token of every stream.
         self._chunk = json.dumps(head | {"object": shape.chunk_object})[:-1] + ', "choices": ['
+        self._frames: dict[tuple[int, bool], list[str]] = {}
+        """What stands around a choice's text, and nothing but text, in a chunk; the same for its reasoning."""
         self._chunk_end = '], "usage": null}' if self._include_usage else "]}"
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -65,7 +68,19 @@ class OpenAIWriter:
 
     def add(self, event: Event) -> str:
         """Server-sent events for an event; may be empty."""
+        if event.finish_reason is None and event.index in self._shape.begun and not (
+                event.logprobs or event.tool_deltas or event.prompt_logprobs) and bool(event.text) != bool(event.reasoning):
+            key = event.index, not event.text
+            return to_json(event.text or event.reasoning).decode().join(self._frames.get(key) or self._frame(*key))
         self.tally.add(event)
+        return self._chunks(event)
+
+    def _frame(self, index: int, thinks: bool) -> list[str]:
+        event = Event(index, reasoning=_MARK) if thinks else Event(index, _MARK)
+        frame = self._frames[index, thinks] = self._chunks(event).split(to_json(_MARK).decode())
+        return frame
+
+    def _chunks(self, event: Event) -> str:
         return "".join([f"data: {self._chunk}{to_json(choice).decode()}{self._chunk_end}\n\n"
                         for choice in self._shape.deltas(event)])
 
