@@ -51,8 +51,9 @@ class Answer:
         if self._written is not None:
             self._keep(delta, event)
         self._cached_tokens = event.cached_tokens
-        self._accepted += min(event.num_accepted, used)
-        self._rejected += event.num_drafts - event.num_accepted
+        if event.num_drafts:
+            self._accepted += min(event.num_accepted, used)
+            self._rejected += event.num_drafts - event.num_accepted
         out = Event(self.index, delta.text, delta.reasoning, delta.tool_calls, delta.tool_deltas, event.tokens[:used],
                     event.logprobs[:used], event.prompt_logprobs, error=event.error, made_at=made_at)
         reason = event.finish_reason if delta.stopped_by is None else FinishReason.STOP

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +51,7 @@ class EngineFacts:
 class Report:
     """What came of a step, or of commands alone."""
 
-    events: Iterable[TokenEvent]
+    events: list[TokenEvent]
     stats: EngineStats
     made_at: float
     """End of the step, on the monotonic clock that all processes of a machine share."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import logging
 import operator
 import os
@@ -184,6 +183,8 @@ class _Line(asyncio.Protocol):
         self._tell = tell
         self._buffer = b""
         self._awake_until = 0.0
+        self._last = pickle.dumps(([], (), 0.0))
+        """The last report."""
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -192,14 +193,15 @@ class _Line(asyncio.Protocol):
             if not message:
                 self._awake_until = time.monotonic() + _AWAKE_SECONDS
                 self._stay_awake()
+                _read(self._last)  # for the caches of the core
                 continue
             self._awake_until = 0.0
-            told = pickle.loads(message)
+            told = _read(message)
             if isinstance(told, Died):
                 self.death = told.error
             else:
-                events, stats, *rest = told
-                self._tell(Report(itertools.starmap(TokenEvent, events), EngineStats(*stats), *rest))
+                self._last = message
+                self._tell(told)
 
     def _stay_awake(self) -> None:
         """A core that sleeps takes longer to wake up than a step's first tokens to be written: the engine tells when
@@ -209,6 +211,14 @@ class _Line(asyncio.Protocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         self.closed.set()
+
+
+def _read(message: bytes) -> Report | Died:
+    told = pickle.loads(message)
+    if isinstance(told, Died):
+        return told
+    events, stats, *rest = told
+    return Report([TokenEvent(*event) for event in events], EngineStats(*stats), *rest)
 
 
 def _framed(message: object) -> bytes:

@@ -48,6 +48,9 @@ class Sink(Protocol):
 
     def take(self, event: Event) -> None: ...
 
+    def settle(self) -> None:
+        """Called when all streams have what a step gave them: time for what nobody waits for."""
+
 
 class Session:
     """Serves many callers of one event loop from one engine, which runs elsewhere: in a thread or in a process.
@@ -277,7 +280,7 @@ class Session:
 
     def _take(self, told: Report | Died | Revived) -> None:
         if isinstance(told, Report):
-            self._stats = told.stats
+            self._stats, reached = told.stats, list[tuple[_Inbox, int]]()
             for request_id, error in told.refused:
                 if (inbox := self._inboxes.get(request_id)) is not None:
                     inbox.fail(error)
@@ -292,6 +295,9 @@ class Session:
             for event in told.events:
                 if (inbox := self._inboxes.get(event.request_id)) is not None:
                     inbox.put(event, told.made_at)
+                    reached.append((inbox, len(event.tokens)))
+            for inbox, tokens in reached:
+                inbox.settle(tokens)
         elif isinstance(told, Died):
             self._stats = dataclasses.replace(self._stats, running=0, waiting=0, pages_used=0, slots_used=0)
             self._dead = True
@@ -332,12 +338,12 @@ class _Inbox:
         """Whether all that came before is on its way."""
 
     def put(self, event: TokenEvent, made_at: float) -> None:
-        self._ticket.charge(len(event.tokens))
-        if (self._sink is not None and self._waiting and not self._wake.is_set() and event.error is None
-                and self._sink.ready and not (answer := self.answers[event.request_id]).may_stop):
+        sink = self._sink
+        if (self._waiting and sink is not None and sink.ready and event.error is None
+                and not (answer := self.answers[event.request_id]).may_stop):
             try:
                 said = answer.take(event, made_at)
-                self._sink.take(said)
+                sink.take(said)
             except Exception as error:  # this answer's alone
                 self.fail(error)
                 return
@@ -349,6 +355,15 @@ class _Inbox:
         self._events.setdefault(event.request_id, deque()).append(event)
         if event.finish_reason is not None:  # here, for the reader may be slow
             self.ended(event.request_id)
+        self._rouse()
+
+    def settle(self, tokens: int) -> None:
+        self._ticket.charge(tokens)
+        if self._sink is not None:
+            self._sink.settle()
+
+    def _rouse(self) -> None:
+        self._waiting = False
         self._wake.set()
 
     def ended(self, request_id: str) -> None:
@@ -359,7 +374,7 @@ class _Inbox:
 
     def fail(self, error: Exception) -> None:
         self._error = error
-        self._wake.set()
+        self._rouse()
 
     async def take(self) -> list[tuple[TokenEvent, float]]:
         """Wait, then give what has come, each request's events merged into one, and when the oldest was made.

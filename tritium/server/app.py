@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from types import FrameType
@@ -249,7 +250,7 @@ class Routes:
                     await pen.begin(send)
                     if text := writer.add(event):
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-                    self._metrics.sent(event)
+                    self._metrics.sent(event, time.monotonic())
                     _note_times(event, scope)
                 await pen.begin(send)
                 last = writer.end()
@@ -309,8 +310,9 @@ class Pen:
         self.begun = False
         """Whether the head of the answer is out."""
         self._scope = scope
-        self._line: Any = scope.get("tritium.line")
+        self._line: Any = scope.get("tritium.line") if scope["http_version"] == "1.1" else None
         self._metrics = metrics
+        self._sent: list[tuple[Event, float]] = []
         self._cors = any(name == b"origin" for name, _ in scope["headers"])
         """Whether the head may need more than is written here."""
 
@@ -330,8 +332,13 @@ class Pen:
             self.begun = True
         elif text:
             self._line.write_chunk(text)
-        self._metrics.sent(event)
-        _note_times(event, self._scope)
+        self._sent.append((event, time.monotonic()))
+
+    def settle(self) -> None:
+        for event, at in self._sent:
+            self._metrics.sent(event, at)
+            _note_times(event, self._scope)
+        self._sent.clear()
 
 
 async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:

@@ -124,16 +124,11 @@ class PatientProtocol(H11Protocol):
     find it in their scope as "tritium.line", to write the pieces of an answer past all layers between."""
 
     patience = 60.0
+    writable = True
+    """Whether `begin` or `write_chunk` may be called: the client is there and reads."""
     _timer: asyncio.TimerHandle | None = None
     _untold: Sequence[tuple[bytes, bytes]] = ()
     """The head of an answer that began here and that h11 has not heard of."""
-
-    @property
-    def writable(self) -> bool:
-        """Whether `begin` or `write_chunk` may be called: the client reads, and has HTTP of chunks."""
-        cycle = self.cycle
-        return not (self.flow.write_paused or cycle.disconnected or cycle.response_complete
-                    or cycle.scope["http_version"] != "1.1")
 
     def begin(self, headers: Sequence[tuple[bytes, bytes]], data: bytes) -> None:
         """The head of an answer (200) and its first piece, if not empty, in one write. h11 takes longer for a head
@@ -143,10 +138,11 @@ class PatientProtocol(H11Protocol):
         closes = any(name == b"connection" and b"close" in value.lower() for name, value in cycle.scope["headers"])
         self._untold = [*cycle.default_headers, *headers, *([(b"connection", b"close")] if closes else [])]
         lines = b"".join(b"%b: %b\r\n" % pair for pair in [*self._untold, (b"transfer-encoding", b"chunked")])
-        self.transport.write(b"HTTP/1.1 200 OK\r\n%b\r\n%b" % (lines, _chunk(data) if data else b""))
+        first = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        self.transport.write(b"HTTP/1.1 200 OK\r\n%b\r\n%b" % (lines, first))
 
     def write_chunk(self, data: bytes) -> None:
-        self.transport.write(_chunk(data))
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -167,14 +163,17 @@ class PatientProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.writable = False
         self._wait(lambda: True)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.writable = True
         self._stop_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self.writable = False
         super().connection_lost(exc)
 
     def timeout_keep_alive_handler(self) -> None:
@@ -189,7 +188,3 @@ class PatientProtocol(H11Protocol):
     def _stop_waiting(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
@@ -76,10 +75,10 @@ class Metrics:
             if event.timing.per_output_token is not None:
                 self._tpot.observe(event.timing.per_output_token)
 
-    def sent(self, event: Event) -> None:
-        """A piece of a stream is on its way."""
+    def sent(self, event: Event, at: float) -> None:
+        """A piece of a stream is on its way since `at`."""
         if event.made_at and event.token_ids:
-            self._overhead.observe(time.monotonic() - event.made_at, len(event.token_ids))
+            self._overhead.observe(at - event.made_at, len(event.token_ids))
 
     def error(self, status: int, kind: str) -> None:
         self._errors.labels(str(status)).inc()

@@ -68,17 +68,16 @@ class OpenAIWriter:
 
     def add(self, event: Event) -> str:
         """Server-sent events for an event; may be empty."""
-        if event.finish_reason is None and event.index in self._shape.begun and not (
-                event.logprobs or event.tool_deltas or event.prompt_logprobs) and bool(event.text) != bool(event.reasoning):
-            key = event.index, not event.text
-            return to_json(event.text or event.reasoning).decode().join(self._frames.get(key) or self._frame(*key))
-        self.tally.add(event)
-        return self._chunks(event)
-
-    def _frame(self, index: int, thinks: bool) -> list[str]:
-        event = Event(index, reasoning=_MARK) if thinks else Event(index, _MARK)
-        frame = self._frames[index, thinks] = self._chunks(event).split(to_json(_MARK).decode())
-        return frame
+        text, index = event.text or event.reasoning, event.index
+        if (not text or (event.text and event.reasoning) or event.finish_reason is not None or event.logprobs
+                or event.tool_deltas or event.prompt_logprobs or index not in self._shape.begun):
+            self.tally.add(event)
+            return self._chunks(event)
+        key = index, text is event.text
+        if (frame := self._frames.get(key)) is None:
+            alike = Event(index, _MARK) if event.text else Event(index, reasoning=_MARK)
+            frame = self._frames[key] = self._chunks(alike).split(to_json(_MARK).decode())
+        return to_json(text).decode().join(frame)
 
     def _chunks(self, event: Event) -> str:
         return "".join([f"data: {self._chunk}{to_json(choice).decode()}{self._chunk_end}\n\n"
