@@ -193,7 +193,9 @@ class _Line(asyncio.Protocol):
             if not message:
                 self._awake_until = time.monotonic() + _AWAKE_SECONDS
                 self._stay_awake()
-                _read(self._last)  # for the caches of the core
+                last = _read(self._last)
+                nothing = [TokenEvent(event.request_id) for event in last.events[:2] if event.finish_reason is None]
+                self._tell(Report(nothing, last.stats, 0.0))
                 continue
             self._awake_until = 0.0
             told = _read(message)
