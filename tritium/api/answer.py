@@ -48,7 +48,7 @@ class Answer:
         used = len(event.tokens) if delta.stopped_by is None else self._text.tokens_used - before
         self._completion_tokens += used
         self._called_tools |= bool(delta.tool_calls)
-        if self._written is not None:
+        if self._written is not None and event.tokens:
             self._keep(delta, event)
         self._cached_tokens = event.cached_tokens
         if event.num_drafts:

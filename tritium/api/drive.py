@@ -72,7 +72,8 @@ class Revived:
     """A new engine took its place."""
 
 
-Tell = Callable[[Report | Died | Revived], None]
+Tell = Callable[[Report | Died | Revived | TokenEvent], None]
+"""An event by itself tells of nothing: see `process`."""
 
 
 class Driver(Protocol):
@@ -115,8 +116,8 @@ def drive(engine: EngineCore, commands: queue.SimpleQueue[Command], tell: Callab
                 engine.add(command)
             except RequestError as error:
                 refused.append((command.id, error))
-        events = engine.step() if engine.has_work else []
-        tell(Report(events, engine.stats(), time.monotonic(), tuple(refused), tuple(kept)))
+        events, made_at = engine.step() if engine.has_work else [], time.monotonic()
+        tell(Report(events, engine.stats(), made_at, tuple(refused), tuple(kept)))
 
 
 def _kept(engine: EngineCore, call: CacheCall) -> dict[str, Any] | TritiumError:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
@@ -192,10 +193,9 @@ class _Line(asyncio.Protocol):
             message, self._buffer = self._buffer[4:end], self._buffer[end:]
             if not message:
                 self._awake_until = time.monotonic() + _AWAKE_SECONDS
-                self._stay_awake()
                 last = _read(self._last)
-                nothing = [TokenEvent(event.request_id) for event in last.events[:2] if event.finish_reason is None]
-                self._tell(Report(nothing, last.stats, 0.0))
+                assert isinstance(last, Report)
+                self._rehearse(deque(last.events))
                 continue
             self._awake_until = 0.0
             told = _read(message)
@@ -205,11 +205,14 @@ class _Line(asyncio.Protocol):
                 self._last = message
                 self._tell(told)
 
-    def _stay_awake(self) -> None:
-        """A core that sleeps takes longer to wake up than a step's first tokens to be written: the engine tells when
-        it is about to report, and the loop goes round until it has."""
+    def _rehearse(self, last: deque[TokenEvent]) -> None:
+        """A core that slept takes longer to get up than to write a step's tokens, and to write the first of them,
+        everything out of its caches, longer than five others. So the engine says when it is about to report, and until
+        it has, the streams of the report before are told of nothing, one each time that the loop goes round."""
         if time.monotonic() < self._awake_until:
-            asyncio.get_running_loop().call_soon(self._stay_awake)
+            if last and (event := last.popleft()).finish_reason is None:
+                self._tell(TokenEvent(event.request_id))
+            asyncio.get_running_loop().call_soon(self._rehearse, last)
 
     def connection_lost(self, _: Exception | None) -> None:
         self.closed.set()
@@ -241,16 +244,25 @@ def main(descriptor: int) -> None:
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_hear, args=(connection, commands), daemon=True).start()
 
+    early: list[float] = []
+
+    def announce() -> None:
+        begin = time.monotonic()
+        connection.send_bytes(b"")
+        early.append(time.monotonic() - begin)
+
     def tell(report: Report) -> None:
+        made_at = report.made_at - sum(early)  # what announcing takes is not the engine's work
+        early.clear()
         # Tuples: a pickled dataclass with slots takes 2.5 microseconds, and as much to read.
         events = [event[:3] if event[3:] == _PLAIN else event for event in map(_EVENT, report.events)]
-        connection.send_bytes(pickle.dumps((events, _STATS(report.stats), report.made_at, report.refused, report.kept)))
+        connection.send_bytes(pickle.dumps((events, _STATS(report.stats), made_at, report.refused, report.kept)))
 
     engine = None
     try:
         engine = load()
         connection.send(EngineFacts.of(engine))
-        engine.announce = lambda: connection.send_bytes(b"")
+        engine.announce = announce
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection looks through it again in the middle of a step
         drive(engine, commands, tell)

@@ -278,7 +278,7 @@ class Session:
         if self.observer is not None:
             self.observer(reason if event is None or event.finish_reason is None else event.finish_reason, event)
 
-    def _take(self, told: Report | Died | Revived) -> None:
+    def _take(self, told: Report | Died | Revived | TokenEvent) -> None:
         if isinstance(told, Report):
             self._stats, reached = told.stats, list[tuple[_Inbox, int]]()
             for request_id, error in told.refused:
@@ -298,6 +298,10 @@ class Session:
                     reached.append((inbox, len(event.tokens)))
             for inbox, tokens in reached:
                 inbox.settle(tokens)
+        elif isinstance(told, TokenEvent):
+            if (inbox := self._inboxes.get(told.request_id)) is not None:
+                inbox.put(told, 0.0)
+                inbox.settle(0)
         elif isinstance(told, Died):
             self._stats = dataclasses.replace(self._stats, running=0, waiting=0, pages_used=0, slots_used=0)
             self._dead = True
@@ -350,6 +354,8 @@ class _Inbox:
             if event.finish_reason is None:
                 return
             self.said[event.request_id] = said
+        elif not event.tokens and event.finish_reason is None and not event.prompt_logprobs:
+            return
         if not self._events:
             self._made_at = made_at
         self._events.setdefault(event.request_id, deque()).append(event)
