@@ -72,8 +72,7 @@ class Revived:
     """A new engine took its place."""
 
 
-Tell = Callable[[Report | Died | Revived | TokenEvent], None]
-"""An event by itself tells of nothing: see `process`."""
+Tell = Callable[[Report | Died | Revived], None]
 
 
 class Driver(Protocol):

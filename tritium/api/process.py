@@ -20,11 +20,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import Connection
+from typing import Any
 
 from tritium.api.drive import Command, Died, EngineFacts, Report, Revived, Tell, died, drive
 from tritium.api.engine_core import EngineCore
@@ -184,7 +184,7 @@ class _Line(asyncio.Protocol):
         self._tell = tell
         self._buffer = b""
         self._awake_until = 0.0
-        self._last = pickle.dumps(([], (), 0.0))
+        self._last = pickle.dumps(((), (), 0.0))
         """The last report."""
 
     def data_received(self, data: bytes) -> None:
@@ -193,35 +193,30 @@ class _Line(asyncio.Protocol):
             message, self._buffer = self._buffer[4:end], self._buffer[end:]
             if not message:
                 self._awake_until = time.monotonic() + _AWAKE_SECONDS
-                last = _read(self._last)
-                assert isinstance(last, Report)
-                self._rehearse(deque(last.events))
+                self._rehearse(_report(pickle.loads(self._last)))
                 continue
-            self._awake_until = 0.0
-            told = _read(message)
+            self._awake_until, told = 0.0, pickle.loads(message)
             if isinstance(told, Died):
                 self.death = told.error
             else:
                 self._last = message
-                self._tell(told)
+                self._tell(_report(told))
 
-    def _rehearse(self, last: deque[TokenEvent]) -> None:
+    def _rehearse(self, last: Report) -> None:
         """A core that slept takes longer to get up than to write a step's tokens, and to write the first of them,
         everything out of its caches, longer than five others. So the engine says when it is about to report, and until
         it has, the streams of the report before are told of nothing, one each time that the loop goes round."""
         if time.monotonic() < self._awake_until:
-            if last and (event := last.popleft()).finish_reason is None:
-                self._tell(TokenEvent(event.request_id))
+            if last.events and (event := last.events.pop(0)).finish_reason is None:
+                self._tell(Report([TokenEvent(event.request_id)], last.stats, 0.0))
             asyncio.get_running_loop().call_soon(self._rehearse, last)
 
     def connection_lost(self, _: Exception | None) -> None:
+        self._awake_until = 0.0
         self.closed.set()
 
 
-def _read(message: bytes) -> Report | Died:
-    told = pickle.loads(message)
-    if isinstance(told, Died):
-        return told
+def _report(told: Any) -> Report:
     events, stats, *rest = told
     return Report([TokenEvent(*event) for event in events], EngineStats(*stats), *rest)
 
@@ -244,16 +239,16 @@ def main(descriptor: int) -> None:
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=_hear, args=(connection, commands), daemon=True).start()
 
-    early: list[float] = []
+    announcing = 0.0
 
     def announce() -> None:
+        nonlocal announcing
         begin = time.monotonic()
         connection.send_bytes(b"")
-        early.append(time.monotonic() - begin)
+        announcing = time.monotonic() - begin
 
     def tell(report: Report) -> None:
-        made_at = report.made_at - sum(early)  # what announcing takes is not the engine's work
-        early.clear()
+        made_at = report.made_at - announcing  # which was not the engine's work
         # Tuples: a pickled dataclass with slots takes 2.5 microseconds, and as much to read.
         events = [event[:3] if event[3:] == _PLAIN else event for event in map(_EVENT, report.events)]
         connection.send_bytes(pickle.dumps((events, _STATS(report.stats), made_at, report.refused, report.kept)))

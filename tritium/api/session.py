@@ -278,7 +278,7 @@ class Session:
         if self.observer is not None:
             self.observer(reason if event is None or event.finish_reason is None else event.finish_reason, event)
 
-    def _take(self, told: Report | Died | Revived | TokenEvent) -> None:
+    def _take(self, told: Report | Died | Revived) -> None:
         if isinstance(told, Report):
             self._stats, reached = told.stats, list[tuple[_Inbox, int]]()
             for request_id, error in told.refused:
@@ -298,10 +298,6 @@ class Session:
                     reached.append((inbox, len(event.tokens)))
             for inbox, tokens in reached:
                 inbox.settle(tokens)
-        elif isinstance(told, TokenEvent):
-            if (inbox := self._inboxes.get(told.request_id)) is not None:
-                inbox.put(told, 0.0)
-                inbox.settle(0)
         elif isinstance(told, Died):
             self._stats = dataclasses.replace(self._stats, running=0, waiting=0, pages_used=0, slots_used=0)
             self._dead = True
@@ -343,7 +339,7 @@ class _Inbox:
 
     def put(self, event: TokenEvent, made_at: float) -> None:
         sink = self._sink
-        if (self._waiting and sink is not None and sink.ready and event.error is None
+        if (sink is not None and self._waiting and not self._wake.is_set() and event.error is None and sink.ready
                 and not (answer := self.answers[event.request_id]).may_stop):
             try:
                 said = answer.take(event, made_at)
@@ -361,16 +357,12 @@ class _Inbox:
         self._events.setdefault(event.request_id, deque()).append(event)
         if event.finish_reason is not None:  # here, for the reader may be slow
             self.ended(event.request_id)
-        self._rouse()
+        self._wake.set()
 
     def settle(self, tokens: int) -> None:
         self._ticket.charge(tokens)
         if self._sink is not None:
             self._sink.settle()
-
-    def _rouse(self) -> None:
-        self._waiting = False
-        self._wake.set()
 
     def ended(self, request_id: str) -> None:
         """The engine is done with a choice: another may take its place."""
@@ -380,7 +372,7 @@ class _Inbox:
 
     def fail(self, error: Exception) -> None:
         self._error = error
-        self._rouse()
+        self._wake.set()
 
     async def take(self) -> list[tuple[TokenEvent, float]]:
         """Wait, then give what has come, each request's events merged into one, and when the oldest was made.

@@ -38,11 +38,6 @@ class ReasoningSplitter:
     def inside(self) -> bool:
         return self._state is _State.REASONING
 
-    @property
-    def done(self) -> bool:
-        """Whether all that follows is the answer."""
-        return self._state is _State.ANSWER and not self._skip_newlines
-
     def push(self, text: str, *, final: bool = False) -> tuple[str, str]:
         """-> (reasoning, answer) that is now certain; `final` releases what is held back."""
         buffer, self._buffer, self.undecided = self._buffer + text, "", False

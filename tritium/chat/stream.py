@@ -95,8 +95,6 @@ class TextStream:
             return
         self._undecided_tokens += splitter.inside
         self._take(self._detokenizer.push(id), out)
-        if splitter.done:
-            self._splitter, self._plain = None, self._answer_tools is None and not self._stops.stops
         if not splitter.inside:
             self._undecided_tokens = 0
         elif not splitter.undecided:

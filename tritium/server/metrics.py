@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tritium.api import Session
@@ -51,8 +49,8 @@ class Metrics:
         self._tpot = self._histogram(
             "time_per_output_token_seconds", "Mean time per token after the first", _SECONDS_PER_TOKEN)
         self._total = self._histogram("request_duration_seconds", "Arrival to last token", _SECONDS)
-        self._overhead = _Overhead()
-        self._registry.register(self._overhead)
+        self._overhead = self._histogram(
+            "server_overhead_seconds", "End of the engine's step to the token handed to the socket", _OVERHEAD_SECONDS)
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a choice that ended", _TOKENS)
         self._output = self._histogram("request_output_tokens", "Output tokens of a choice that ended", _TOKENS)
         self._finished = self._counter("requests_finished", "Choices that ended, by reason", "reason")
@@ -77,8 +75,8 @@ class Metrics:
 
     def sent(self, event: Event, at: float) -> None:
         """A piece of a stream is on its way since `at`."""
-        if event.made_at and event.token_ids:
-            self._overhead.observe(at - event.made_at, len(event.token_ids))
+        for _ in event.token_ids if event.made_at else ():
+            self._overhead.observe(at - event.made_at)
 
     def error(self, status: int, kind: str) -> None:
         self._errors.labels(str(status)).inc()
@@ -133,24 +131,6 @@ class _EngineCollector(Collector):
         for name, counts in (("proposed", stats.draft_proposed), ("accepted", stats.draft_accepted)):
             yield _labelled(f"draft_tokens_{name}", f"Drafts {name}, by position", "position",
                             {str(i): count for i, count in enumerate(counts)})
-
-
-class _Overhead(Collector):
-    """A histogram whose `observe` costs a fraction of the library's, which locks: it runs for every token."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(_OVERHEAD_SECONDS) + 1)
-        self._seconds = 0.0
-
-    def observe(self, seconds: float, tokens: int) -> None:
-        self._counts[bisect_left(_OVERHEAD_SECONDS, seconds)] += tokens
-        self._seconds += seconds * tokens
-
-    def collect(self) -> Iterator[Metric]:
-        bounds = (*map(str, _OVERHEAD_SECONDS), "+Inf")
-        yield HistogramMetricFamily(
-            "tritium_server_overhead_seconds", "End of the engine's step to the token handed to the socket",
-            buckets=list(zip(bounds, itertools.accumulate(self._counts))), sum_value=self._seconds)
 
 
 def _labelled(name: str, help_text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
