@@ -262,9 +262,6 @@ def test_a_sink_and_the_generator_share_a_stream_in_order(busy, seed):
             self.taken += 1
             done.absorb(event)
 
-        def settle(self) -> None:
-            pass
-
     done, sink = Completion(0, []), Sink()
 
     async def run() -> int:
@@ -288,9 +285,6 @@ def test_an_answer_whose_sink_fails_ends_alone():
 
         def take(self, event) -> None:
             raise ValueError("torn")
-
-        def settle(self) -> None:
-            pass
 
     async def run() -> Completion:
         async with Session.over(rambles(step_seconds=0.001), CHAT, seed=0) as session:

@@ -109,10 +109,11 @@ def test_the_servers_own_time_is_told():
 
 def test_overhead_is_counted_by_token_within_its_bucket():
     metrics = Metrics(Session.over(says("x"), CHAT))
-    for made_ago, tokens in ((0.0003, 2), (0.02, 1), (0.02, 0), (5.0, 1)):
-        metrics.sent(Event(token_ids=(7,) * tokens, made_at=time.monotonic() - made_ago), time.monotonic())
 
     async def render():
+        for made_ago, tokens in ((0.0003, 2), (0.02, 1), (0.02, 0), (5.0, 1)):
+            metrics.sent(Event(token_ids=(7,) * tokens, made_at=time.monotonic() - made_ago))
+        await asyncio.sleep(0)
         return metrics.render().decode()
 
     page = asyncio.run(render())

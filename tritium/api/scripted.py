@@ -93,6 +93,7 @@ class ScriptedEngine:
 
     def step(self) -> list[TokenEvent]:
         time.sleep(self.step_seconds)
+        self.announce()
         self._count(steps=1)
         if self.die_after is not None and self._stats.steps >= self.die_after:
             raise RuntimeError("scripted death")

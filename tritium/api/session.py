@@ -48,9 +48,6 @@ class Sink(Protocol):
 
     def take(self, event: Event) -> None: ...
 
-    def settle(self) -> None:
-        """Called when all streams have what a step gave them: time for what nobody waits for."""
-
 
 class Session:
     """Serves many callers of one event loop from one engine, which runs elsewhere: in a thread or in a process.
@@ -115,16 +112,8 @@ class Session:
         waiting = self.gate.waiting
         return dataclasses.replace(self._stats, waiting=self._stats.waiting + waiting) if waiting else self._stats
 
-    def generate(
-        self,
-        prompts: Prompts,
-        sampling: SamplingParams | None = None,
-        *,
-        options: TextOptions | None = None,
-        priority: int = 0,
-        key: str = "",
-        sink: Sink | None = None,
-    ) -> AsyncGenerator[Event, None]:
+    def generate(self, prompts: Prompts, sampling: SamplingParams | None = None, *, options: TextOptions | None = None,
+                 priority: int = 0, key: str = "", sink: Sink | None = None) -> AsyncGenerator[Event, None]:
         """Events of every choice of every prompt, as they come; choice j of prompt i has index i n + j.
 
         The last event of a choice has `finish_reason`, `usage` and `timing`. Leaving early (closing the generator,
@@ -135,19 +124,10 @@ class Session:
         return self._events(lambda: self.door.prompted(prompts, sampling, options=options, priority=priority),
                             key, priority, sink)
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        sampling: SamplingParams | None = None,
-        *,
-        tools: object = None,
-        add_generation_prompt: bool = True,
-        template_kwargs: Mapping[str, Any] | None = None,
-        options: TextOptions | None = None,
-        priority: int = 0,
-        key: str = "",
-        sink: Sink | None = None,
-    ) -> AsyncGenerator[Event, None]:
+    def chat(self, messages: Sequence[Message], sampling: SamplingParams | None = None, *, tools: object = None,
+             add_generation_prompt: bool = True, template_kwargs: Mapping[str, Any] | None = None,
+             options: TextOptions | None = None, priority: int = 0, key: str = "", sink: Sink | None = None
+             ) -> AsyncGenerator[Event, None]:
         """`generate` for a conversation: the template is applied, reasoning and tool calls are split out."""
         return self._events(lambda: self.door.chatted(
             messages, sampling, tools=tools, add_generation_prompt=add_generation_prompt,
@@ -280,7 +260,7 @@ class Session:
 
     def _take(self, told: Report | Died | Revived) -> None:
         if isinstance(told, Report):
-            self._stats, reached = told.stats, list[tuple[_Inbox, int]]()
+            self._stats = told.stats
             for request_id, error in told.refused:
                 if (inbox := self._inboxes.get(request_id)) is not None:
                     inbox.fail(error)
@@ -295,9 +275,6 @@ class Session:
             for event in told.events:
                 if (inbox := self._inboxes.get(event.request_id)) is not None:
                     inbox.put(event, told.made_at)
-                    reached.append((inbox, len(event.tokens)))
-            for inbox, tokens in reached:
-                inbox.settle(tokens)
         elif isinstance(told, Died):
             self._stats = dataclasses.replace(self._stats, running=0, waiting=0, pages_used=0, slots_used=0)
             self._dead = True
@@ -338,6 +315,7 @@ class _Inbox:
         """Whether all that came before is on its way."""
 
     def put(self, event: TokenEvent, made_at: float) -> None:
+        self._ticket.charge(len(event.tokens))
         sink = self._sink
         if (sink is not None and self._waiting and not self._wake.is_set() and event.error is None and sink.ready
                 and not (answer := self.answers[event.request_id]).may_stop):
@@ -358,11 +336,6 @@ class _Inbox:
         if event.finish_reason is not None:  # here, for the reader may be slow
             self.ended(event.request_id)
         self._wake.set()
-
-    def settle(self, tokens: int) -> None:
-        self._ticket.charge(tokens)
-        if self._sink is not None:
-            self._sink.settle()
 
     def ended(self, request_id: str) -> None:
         """The engine is done with a choice: another may take its place."""

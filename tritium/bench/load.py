@@ -297,22 +297,13 @@ class _Run:
         tokens = sum(stream.tokens for stream in done)
         spoken = [stream for stream in done if stream.arrivals]
         return LoadReport(
-            clients=self._load.clients,
-            requests=self._load.requests,
-            completed=len(done),
-            killed=sum(stream.killed for stream in self._streams),
-            errors=len(errors),
-            verified=len(verified),
-            corrupted=verified.count(False),
-            seconds=seconds,
-            output_tokens=tokens,
-            tokens_per_second=tokens / seconds,
+            clients=self._load.clients, requests=self._load.requests, completed=len(done), errors=len(errors),
+            killed=sum(stream.killed for stream in self._streams), verified=len(verified),
+            corrupted=verified.count(False), seconds=seconds, output_tokens=tokens, tokens_per_second=tokens / seconds,
             ttft=_quantiles([stream.arrivals[0] - stream.started for stream in spoken]),
             tpot=_quantiles([(s.arrivals[-1] - s.arrivals[0]) / (s.tokens - 1) for s in spoken if s.tokens > 1]),
             itl=_quantiles([b - a for s in spoken for a, b in zip(s.arrivals, s.arrivals[1:])]),
-            overhead=_bucket_quantiles(overhead),
-            freed_seconds=freed,
-            idle_seconds=idle,
+            overhead=_bucket_quantiles(overhead), freed_seconds=freed, idle_seconds=idle,
             first_error=next((stream.error or "not finished in time" for stream in errors), None),
         )
 

@@ -36,16 +36,9 @@ class TextStream:
     by anything, they are a part of the reasoning.
     """
 
-    def __init__(
-        self,
-        detokenizer: Detokenizer,
-        stops: StopMatcher,
-        *,
-        splitter: ReasoningSplitter | None = None,
-        answer_tools: ToolParser | None = None,
-        reasoning_tools: ToolParser | None = None,
-        min_tokens: int = 0,
-    ) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopMatcher, *, splitter: ReasoningSplitter | None = None,
+                 answer_tools: ToolParser | None = None, reasoning_tools: ToolParser | None = None,
+                 min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
         self._splitter = splitter

@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import sys
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from types import FrameType
@@ -102,16 +101,10 @@ class Routes:
         sampling = convert.chat_sampling(body, self._session.door)
         pen = Pen(writer_of(model, sampling.n), request.scope, self._metrics)
         events = self._session.chat(
-            body.messages,
-            sampling,
-            tools=convert.offered_tools(body),
-            add_generation_prompt=body.add_generation_prompt,
-            template_kwargs=convert.template_kwargs(body, self._session.door),
-            options=convert.chat_options(body),
-            priority=body.priority,
-            key=caller_of(request.scope).key,
-            sink=pen if body.stream else None,
-        )
+            body.messages, sampling, tools=convert.offered_tools(body),
+            add_generation_prompt=body.add_generation_prompt, options=convert.chat_options(body),
+            template_kwargs=convert.template_kwargs(body, self._session.door), priority=body.priority,
+            key=caller_of(request.scope).key, sink=pen if body.stream else None)
         return self._answer(events, pen, request, stream=body.stream)
 
     async def responses(self, request: Request) -> Response:
@@ -250,7 +243,7 @@ class Routes:
                     await pen.begin(send)
                     if text := writer.add(event):
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-                    self._metrics.sent(event, time.monotonic())
+                    self._metrics.sent(event)
                     _note_times(event, scope)
                 await pen.begin(send)
                 last = writer.end()
@@ -312,7 +305,6 @@ class Pen:
         self._scope = scope
         self._line: Any = scope.get("tritium.line") if scope["http_version"] == "1.1" else None
         self._metrics = metrics
-        self._sent: list[tuple[Event, float]] = []
         self._cors = any(name == b"origin" for name, _ in scope["headers"])
         """Whether the head may need more than is written here."""
 
@@ -332,13 +324,8 @@ class Pen:
             self.begun = True
         elif text:
             self._line.write_chunk(text)
-        self._sent.append((event, time.monotonic()))
-
-    def settle(self) -> None:
-        for event, at in self._sent:
-            self._metrics.sent(event, at)
-            _note_times(event, self._scope)
-        self._sent.clear()
+        self._metrics.sent(event)
+        _note_times(event, self._scope)
 
 
 async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:

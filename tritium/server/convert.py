@@ -50,12 +50,9 @@ def check_stream_options(request: SamplingFields) -> None:
 
 def _sampling(request: SamplingFields, door: Door, **fields: Any) -> SamplingParams:
     return door.default_sampling(
-        **{name: getattr(request, name) for name in _COPIED},
-        **fields,
-        stop=_stop(request.stop),
+        **{name: getattr(request, name) for name in _COPIED}, **fields, stop=_stop(request.stop),
         stop_token_ids=None if request.stop_token_ids is None else tuple(request.stop_token_ids),
-        logit_bias=None if request.logit_bias is None else {_token(k): v for k, v in request.logit_bias.items()},
-    )
+        logit_bias=None if request.logit_bias is None else {_token(k): v for k, v in request.logit_bias.items()})
 
 
 def _stop(value: Any) -> tuple[str, ...] | None:
@@ -187,13 +184,8 @@ class ChatShape:
             calls = [function_call(call.id, call.name, json.dumps(call.arguments, ensure_ascii=False))
                      for call in completion.tool_calls]
             message |= {"content": completion.text or None, "tool_calls": calls}
-        return {
-            "index": completion.index,
-            "message": message,
-            "logprobs": self._logprob_body(completion.logprobs),
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
-        }
+        return {"index": completion.index, "message": message, "logprobs": self._logprob_body(completion.logprobs),
+                "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
 
     def deltas(self, event: Event) -> list[dict[str, Any]]:
         """The entries of `choices` to stream for an event; may be none."""
@@ -213,12 +205,9 @@ class ChatShape:
         return out
 
     def _delta(self, index: int, delta: dict[str, Any], event: Event | None = None) -> dict[str, Any]:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": self._logprob_body(event.logprobs) if event and event.logprobs else None,
-            "finish_reason": event.finish_reason if event else None,
-        }
+        choice = {"index": index, "delta": delta,
+                  "logprobs": self._logprob_body(event.logprobs) if event and event.logprobs else None,
+                  "finish_reason": event.finish_reason if event else None}
         return choice | {"stop_reason": event.stop_reason} if event and event.finish_reason else choice
 
     def _logprob_body(self, entries: Iterable[TokenLogprob]) -> dict[str, Any] | None:
@@ -267,13 +256,9 @@ class CompletionShape:
             text = self._echoes[index // self._n] + text
             entries = [(prompt[0], None), *((entry.token, entry) for entry in prompt_logprobs), *entries]
         self.begun.add(index)
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._logprob_body(index, entries) if self._logprobs else None,
-            "finish_reason": said.finish_reason,
-            "stop_reason": said.stop_reason,
-        }
+        return {"index": index, "text": text,
+                "logprobs": self._logprob_body(index, entries) if self._logprobs else None,
+                "finish_reason": said.finish_reason, "stop_reason": said.stop_reason}
 
     def _logprob_body(self, index: int, entries: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
         body: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

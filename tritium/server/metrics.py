@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -49,6 +50,7 @@ class Metrics:
         self._tpot = self._histogram(
             "time_per_output_token_seconds", "Mean time per token after the first", _SECONDS_PER_TOKEN)
         self._total = self._histogram("request_duration_seconds", "Arrival to last token", _SECONDS)
+        self._sent: list[float] = []
         self._overhead = self._histogram(
             "server_overhead_seconds", "End of the engine's step to the token handed to the socket", _OVERHEAD_SECONDS)
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a choice that ended", _TOKENS)
@@ -73,10 +75,17 @@ class Metrics:
             if event.timing.per_output_token is not None:
                 self._tpot.observe(event.timing.per_output_token)
 
-    def sent(self, event: Event, at: float) -> None:
-        """A piece of a stream is on its way since `at`."""
-        for _ in event.token_ids if event.made_at else ():
-            self._overhead.observe(at - event.made_at)
+    def sent(self, event: Event) -> None:
+        """A piece of a stream is on its way. Other streams wait for theirs: counted when they have them."""
+        if event.made_at and event.token_ids:
+            if not self._sent:
+                asyncio.get_running_loop().call_soon(self._count_sent)
+            self._sent += [time.monotonic() - event.made_at] * len(event.token_ids)
+
+    def _count_sent(self) -> None:
+        for seconds in self._sent:
+            self._overhead.observe(seconds)
+        self._sent.clear()
 
     def error(self, status: int, kind: str) -> None:
         self._errors.labels(str(status)).inc()

@@ -57,8 +57,8 @@ class OpenAIWriter:
         self._include_usage = stream_options is not None and stream_options.include_usage
         # The same for every chunk, so serialized once: this runs for every token of every stream.
         self._chunk = json.dumps(head | {"object": shape.chunk_object})[:-1] + ', "choices": ['
-        self._frames: dict[tuple[int, bool], list[str]] = {}
-        """What stands around a choice's text, and nothing but text, in a chunk; the same for its reasoning."""
+        self._frames: dict[int, list[str]] = {}
+        """What stands around a choice's text in a chunk that has nothing else."""
         self._chunk_end = '], "usage": null}' if self._include_usage else "]}"
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -68,16 +68,14 @@ class OpenAIWriter:
 
     def add(self, event: Event) -> str:
         """Server-sent events for an event; may be empty."""
-        text, index = event.text or event.reasoning, event.index
-        if (not text or (event.text and event.reasoning) or event.finish_reason is not None or event.logprobs
-                or event.tool_deltas or event.prompt_logprobs or index not in self._shape.begun):
-            self.tally.add(event)
-            return self._chunks(event)
-        key = index, text is event.text
-        if (frame := self._frames.get(key)) is None:
-            alike = Event(index, _MARK) if event.text else Event(index, reasoning=_MARK)
-            frame = self._frames[key] = self._chunks(alike).split(to_json(_MARK).decode())
-        return to_json(text).decode().join(frame)
+        index = event.index
+        if (event.text and event.finish_reason is None and index in self._shape.begun
+                and not (event.reasoning or event.tool_deltas or event.logprobs or event.prompt_logprobs)):
+            if index not in self._frames:
+                self._frames[index] = self._chunks(Event(index, _MARK)).split(to_json(_MARK).decode())
+            return to_json(event.text).decode().join(self._frames[index])
+        self.tally.add(event)
+        return self._chunks(event)
 
     def _chunks(self, event: Event) -> str:
         return "".join([f"data: {self._chunk}{to_json(choice).decode()}{self._chunk_end}\n\n"
