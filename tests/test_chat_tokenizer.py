@@ -87,6 +87,16 @@ def test_pieces_add_up_to_the_decode_of_the_whole(
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=["byte-level", "metaspace", "bytes", "embedded"])
+def test_what_one_stream_shows_another_hides(seed: int, make: Callable[[], Tokenizer]) -> None:
+    rng, tokenizer = random.Random(seed), make()
+    for _ in range(20):
+        ids = [*random_ids(rng, tokenizer), *tokenizer.special_ids]
+        for hides in (False, True, False):
+            hidden = tokenizer.special_ids if hides else frozenset()
+            assert "".join(pieces(tokenizer, ids, hidden)) == tokenizer.decode(ids, hides)
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=["byte-level", "metaspace", "bytes", "embedded"])
 def test_no_piece_of_whole_text_has_half_a_character(make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()
     for text in TEXT[:5]:

@@ -17,8 +17,17 @@ from served import CHAT, rambles
 
 from tritium.api import Session
 from tritium.api.door import Door
-from tritium.api.process import EngineProcess
-from tritium.core import CheckpointError, EngineDeadError, SamplingParams
+from tritium.api.drive import Report
+from tritium.api.process import _AWAKE_SECONDS, _EVENT, _STATS, EngineProcess, _framed, _Line
+from tritium.core import (
+    CheckpointError,
+    EngineDeadError,
+    EngineStats,
+    Event,
+    FinishReason,
+    SamplingParams,
+    TokenEvent,
+)
 
 HERE = Path(__file__).parent
 
@@ -59,6 +68,45 @@ def test_another_process_gives_the_same_tokens():
     there = asyncio.run(answers(over(driver)))
     assert there == asyncio.run(answers(Session.over(rambles(), CHAT, seed=0)))
     assert gone(driver._child.process.pid)
+
+
+def test_an_announcement_tells_the_streams_of_nothing():
+    """What goes the way of a token beforehand leaves no trace; where no report follows, the reader goes to rest."""
+    class Sink:
+        ready = True
+
+        def take(self, event: Event) -> None:
+            events.append(event)
+
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with over(EngineProcess(partial(slow_rambler, 0.003))) as session:
+            async for event in session.generate("Hi", SamplingParams(seed=3, max_tokens=50), sink=Sink()):
+                assert event.token_ids
+                events.append(event)
+
+    asyncio.run(main())
+    assert sum(not event.token_ids for event in events) > 10
+    whole = asyncio.run(ask(Session.over(rambles(), CHAT, seed=0), 3))
+    assert [token for event in events for token in event.token_ids] == whole
+
+
+def test_where_no_report_follows_an_announcement_the_reader_rests():
+    told: list[Report] = []
+
+    async def main() -> int:
+        line = _Line(told.append)
+        events = [("a", (1,), 0), ("b", (2,), 0), _EVENT(TokenEvent("c", (3,), finish_reason=FinishReason.STOP))]
+        line.data_received(_framed((events, _STATS(EngineStats()), 1.0, (), ())))
+        line.data_received(b"\0\0\0\0")
+        await asyncio.sleep(5 * _AWAKE_SECONDS)
+        line._rehearse(told[0])
+        return len(told)
+
+    assert asyncio.run(main()) == 3
+    assert [(event.request_id, event.tokens) for report in told for event in report.events] == [
+        ("a", (1,)), ("b", (2,)), ("c", (3,)), ("a", ()), ("b", ())]
 
 
 def test_what_stops_the_loading_reaches_the_caller():

@@ -13,8 +13,11 @@ import openai
 import pytest
 from served import CHAT, EOS, MODEL, rambles, says, scripted, served
 
-from tritium.core import ConfigError
+from tritium.core import ConfigError, Event, FinishReason
 from tritium.server.app import listen
+from tritium.server.convert import ChatShape, CompletionShape
+from tritium.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from tritium.server.writers import OpenAIWriter
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CLOCK = {"type": "function", "function": {
@@ -206,6 +209,22 @@ def test_streamed_choices_add_up(rambler):
             reasons[choice.index] = choice.finish_reason
     assert texts == [choice.text for choice in whole.choices]
     assert reasons == ["length"] * 4
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_text_alone_is_written_as_all_else_is(echo, chat):
+    door, usage = echo.session.door, StreamOptions(include_usage=True)
+    shape = (ChatShape(ChatRequest(messages=[]), door) if chat
+             else CompletionShape(CompletionRequest(prompt="x"), [[1]], 2, door))
+    writer = OpenAIWriter(shape, MODEL, 2, usage)
+    assert writer.add(Event(1, token_ids=(7,)))  # the choice begins
+    for text in ("a", 'b"\\\n', "\0", "🙂", "null"):
+        event = Event(1, text, token_ids=(7,))
+        assert writer.add(event) == writer._chunks(event)
+        [choice] = json.loads(writer.add(event).removeprefix("data: "))["choices"]
+        assert (choice["index"], choice["delta"]["content"] if chat else choice["text"]) == (1, text)
+        assert choice["finish_reason"] is None
+    assert '"finish_reason":"length"' in writer.add(Event(1, "end", finish_reason=FinishReason.LENGTH))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50])
