@@ -10,12 +10,13 @@ import torch
 
 from tritium.ops.attention import paged_attention
 from tritium.ops.attention_inputs import attention_inputs
-from tritium.ops.conv import causal_conv
+from tritium.ops.conv import reference as causal_conv
+from tritium.ops.delta_net import delta_net
 from tritium.ops.elementwise import silu_mul
 from tritium.ops.gdn import gdn
 from tritium.ops.linear import linear
 from tritium.ops.moe import moe
-from tritium.ops.norm import gated_rms_norm, rms_norm
+from tritium.ops.norm import gated_reference, rms_norm
 from tritium.ops.spans import Spans
 from tritium.ops.spec import Op, all_ops
 
@@ -75,7 +76,7 @@ def test_norms(seed: int) -> None:
     unit = x / (x.pow(2).sum(-1, keepdim=True) / 24 + 1e-6).sqrt()
     torch.testing.assert_close(rms_norm(x_MD=x, w_D=w, eps=1e-6), unit * (1 + w))
     torch.testing.assert_close(
-        gated_rms_norm(x_MD=x, z_MD=z, w_D=w, eps=1e-6), unit * w * torch.nn.functional.silu(z)
+        gated_reference(x_MD=x, z_MD=z, w_D=w, eps=1e-6), unit * w * torch.nn.functional.silu(z)
     )
 
 
@@ -218,22 +219,22 @@ def test_linear_rows_do_not_depend_on_their_number(seed: int, threads: int) -> N
 
 def test_poison_in_unused_memory_reaches_nobody(seed: int) -> None:
     """A row reads its own pages up to its own position, and its own slot unless it is fresh."""
-    for op in (paged_attention, gdn, causal_conv):
+    for op in (paged_attention, gdn, delta_net):
         for dims in op.spec.cases:
             clean = op.spec.inputs(dims, torch.float32, torch.Generator().manual_seed(seed))
             dirty = copy.deepcopy(clean)
             spans = dirty["spans"]
-            for name in ("state", "k_pages", "v_pages"):
+            for name in ("state", "conv", "k_pages", "v_pages"):
                 if name not in dirty:
                     continue
                 used = torch.zeros(dirty[name].shape[0], 64, dtype=torch.bool)
                 for row in range(spans.num_rows):
-                    if name == "state":
-                        used[spans.slots[row]] = spans.contexts[row] > 0
+                    if name in ("state", "conv"):
+                        used[spans.sources[row]] = spans.begins[row] > 0
                     else:
                         for t in range(spans.contexts[row] + spans.lengths[row]):
                             used[spans.pages[row][t // 64], t % 64] = True
-                if name == "state":
+                if name in ("state", "conv"):
                     dirty[name][~used[:, 0]] = float("nan")
                 else:
                     dirty[name].transpose(1, 2)[~used] = float("nan")

@@ -12,35 +12,11 @@ Shapes: T tokens, C channels, W taps; x_TC raw inputs, w_CW float32, state [slot
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tritium.ops.elementwise import silu
 from tritium.ops.spans import Spans
-from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
-
-
-def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    lengths = (1, 1, dims["T"] - 2) if dims["T"] > 2 else (dims["T"],)
-    contexts = (5, 9, 0)[: len(lengths)] if dims["T"] > 2 else (70,)
-    rows = len(lengths)
-    return {
-        "x_TC": randn(generator, dims["T"], dims["C"], dtype=dtype),
-        "w_CW": randn(generator, dims["C"], dims["W"], dtype=wide(dtype), scale=0.5),
-        "state": randn(generator, rows + 2, dims["W"] + 3, dims["C"], dtype=dtype),
-        "spans": Spans(lengths, contexts, tuple(range(rows, 0, -1)), ((1,),) * rows, torch.device("cpu")),
-    }
-
-
-SPEC = OpSpec(
-    name="causal_conv",
-    cases=({"T": 1, "C": 24, "W": 4}, {"T": 5, "C": 40, "W": 4}, {"T": 70, "C": 72, "W": 3}),
-    inputs=_inputs,
-    results=lambda arguments, returned: {"y_TC": returned, "state": arguments["state"]},
-    bytes_moved=lambda d, size: size * (2 * d["T"] * d["C"] + d["C"] * d["W"]),
-    flops=lambda d: d["T"] * d["C"] * (2 * d["W"] + 4),
-)
+from tritium.ops.spec import wide
 
 
 def reference(*, x_TC: torch.Tensor, w_CW: torch.Tensor, state: torch.Tensor, spans: Spans) -> torch.Tensor:
@@ -67,6 +43,3 @@ def reference(*, x_TC: torch.Tensor, w_CW: torch.Tensor, state: torch.Tensor, sp
         y_TC = y_TC + tap(j)
     flat.index_copy_(0, windows.kept_to_N, inputs.index_select(0, windows.kept_from_N).to(state.dtype))
     return silu(y_TC).to(x_TC.dtype)
-
-
-causal_conv = Op(SPEC, reference)
