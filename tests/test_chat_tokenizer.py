@@ -13,8 +13,9 @@ from byte_chat import byte_chat_format
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 import tritium
-from tritium.chat import ChatFormat, Tokenizer, load_chat
+from tritium.chat import ChatFormat, load_chat
 from tritium.chat.detokenize import Detokenizer
+from tritium.chat.tokenizer import Tokenizer
 from tritium.core import RequestError
 
 TEXT = ["the naïve café — déjà vu, 日本語のテキスト, 한국어, 👩‍👩‍👧 🇨🇭 and e\u0301 \ufffd\n\tthe end\n\n"] * 20

@@ -13,7 +13,8 @@ from checkpoints import edit_config, random_checkpoint
 from serving import VOCAB, Logits, again, assemble, mixed_requests, prompt, replace_tokens, request, run, serve
 
 from tritium.api import LLM
-from tritium.cache import PagePool, PrefixCache, SlotPool, may_resume, pages_for
+from tritium.cache import PagePool, PrefixCache, SlotPool, pages_for
+from tritium.cache.prefix import may_resume
 from tritium.config import EngineConfig
 from tritium.core import Request, SamplingParams, StateMove, StepPlan
 from tritium.draft.proposers import HeadProposer

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tritium.bench.decode import served
 from tritium.cache import common_prefix
 from tritium.chat import ChatFormat, load_chat
 from tritium.config import EngineConfig
@@ -70,9 +70,4 @@ def serve(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> tupl
     """(seconds, prompt tokens that the cache had) of requests that arrive together."""
     asked = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     requests = [Request(id=str(i), prompt_ids=list(ids), sampling=asked, seed=i) for i, ids in enumerate(prompts)]
-    begin = time.perf_counter()
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        engine.step()
-    return time.perf_counter() - begin, sum(request.num_cached or 0 for request in requests)
+    return served(engine, requests), sum(request.num_cached or 0 for request in requests)

@@ -66,26 +66,26 @@ def _measured(target: Target, small: bool) -> Ceilings:
 
 def seconds_of(call: Callable[[], object], device: torch.device, *, budget: float = 0.1, rounds: int = 3) -> float:
     """Seconds of one call, back to back: the best of `rounds`, each of about `budget` seconds."""
-    gpu = device.type == "cuda"
+    call()
+    times = max(1, min(1000, int(budget / max(spent(call, device, 1), 1e-9))))
+    return min(spent(call, device, times) for _ in range(rounds)) / times
 
-    def spent(times: int) -> float:
-        if not gpu:
-            begin = time.perf_counter()
-            for _ in range(times):
-                call()
-            return time.perf_counter() - begin
-        events: Any = torch.cuda.Event
-        first, last = (events(enable_timing=True) for _ in range(2))
-        first.record()
+
+def spent(call: Callable[[], object], device: torch.device, times: int) -> float:
+    """Seconds of `times` calls, back to back; on a GPU by its own clock."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
         for _ in range(times):
             call()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3
-
-    call()
-    times = max(1, min(1000, int(budget / max(spent(1), 1e-9))))
-    return min(spent(times) for _ in range(rounds)) / times
+        return time.perf_counter() - begin
+    events: Any = torch.cuda.Event
+    first, last = (events(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(times):
+        call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def step_bytes(config: ModelConfig, rows: int, context: int, width: int = 2) -> int:

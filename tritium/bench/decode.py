@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -22,15 +23,13 @@ from tritium.core import CapacityError, Request, RowResult, SamplingParams, Step
 from tritium.engine import Engine
 from tritium.nn.batch import AttentionCache
 
-ROWS = (1, 2, 4, 8, 16, 32)
-CONTEXTS = (512, 8192, 65536, 131072, 262144)
 WARM_UP = 8
 _SPARE = 8
 """Steps that may be under way beside those that are timed."""
 
 
-def decode(config: EngineConfig, ceilings: Ceilings, *, rows: Sequence[int] = ROWS, contexts: Sequence[int] = CONTEXTS,
-           steps: int = 64, rounds: int = 3, temperature: float = 0.6) -> Iterator[dict[str, Any]]:
+def decode(config: EngineConfig, ceilings: Ceilings, *, rows: Sequence[int], contexts: Sequence[int],
+           steps: int, rounds: int, temperature: float = 0.6) -> Iterator[dict[str, Any]]:
     """A cell at a time; one that does not fit says so in `skipped`. `steps` steps are timed, `rounds` times."""
     engine = Engine.load(replace(config, max_num_seqs=max(rows), enable_prefix_caching=False))
     needed = (WARM_UP + steps * rounds + _SPARE) * (1 + Speculation.parse(config.speculate).most)
@@ -47,8 +46,8 @@ def decode(config: EngineConfig, ceilings: Ceilings, *, rows: Sequence[int] = RO
             yield cell | _timed(engine, count, length, steps, rounds, ceilings)
 
 
-def prefill(config: EngineConfig, ceilings: Ceilings, *, lengths: Sequence[int] = (8192, 65536),
-            rounds: int = 2) -> Iterator[dict[str, Any]]:
+def prefill(config: EngineConfig, ceilings: Ceilings, *, lengths: Sequence[int],
+            rounds: int) -> Iterator[dict[str, Any]]:
     """Prompts alone, one at a time: seconds to the first token. The first of each length does not count."""
     engine = Engine.load(replace(config, max_num_seqs=1, enable_prefix_caching=False))
     for length in lengths:
@@ -112,9 +111,14 @@ def request(engine: Engine, name: str, length: int, sampling: SamplingParams, se
 
 def first_token(engine: Engine, length: int, seed: int = 0) -> float:
     """Seconds from a random prompt to its first token."""
-    one = request(engine, "prompt", length, SamplingParams(max_tokens=1, ignore_eos=True), seed=seed)
+    return served(engine, [request(engine, "prompt", length, SamplingParams(max_tokens=1, ignore_eos=True), seed=seed)])
+
+
+def served(engine: Engine, requests: Sequence[Request]) -> float:
+    """Seconds that requests take which arrive together."""
     begin = time.perf_counter()
-    engine.add(one)
+    for one in requests:
+        engine.add(one)
     while engine.has_work:
         engine.step()
     return time.perf_counter() - begin
@@ -220,8 +224,5 @@ def _replayed() -> Iterator[list[torch.cuda.CUDAGraph]]:
         seen.append(graph)
         replay(graph)
 
-    setattr(torch.cuda.CUDAGraph, "replay", noting)  # noqa: B010
-    try:
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", noting):
         yield seen
-    finally:
-        setattr(torch.cuda.CUDAGraph, "replay", replay)  # noqa: B010

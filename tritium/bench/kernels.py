@@ -14,6 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch.profiler import ProfilerActivity, profile
+
 from tritium.bench.tune import DecodeStep
 from tritium.config import EngineConfig
 from tritium.engine import Engine
@@ -33,8 +36,6 @@ class Event(NamedTuple):
 def run(config: EngineConfig, *, rows: Sequence[int], context: int) -> Iterator[dict[str, Any]]:
     """A kernel with a grid at a time, for each number of decode rows; the one that adds most first. Raises
     `ConfigError` where steps are not graphs."""
-    from torch.profiler import ProfilerActivity, profile
-
     engine = Engine.load(replace(config, max_num_seqs=max(rows), enable_prefix_caching=False))
     for count in rows:
         step = DecodeStep(engine, count, context)
@@ -42,7 +43,7 @@ def run(config: EngineConfig, *, rows: Sequence[int], context: int) -> Iterator[
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for _ in range(_STEPS):
                 step.again()
-            step.wait()
+            torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "trace.json"
             profiler.export_chrome_trace(str(path))

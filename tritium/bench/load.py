@@ -6,6 +6,7 @@ Talks on stderr; ends in one JSON line on stdout.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 import click
 import h11
 import httpx
+import numpy as np
 
 from tritium.config import is_loopback
 from tritium.core import PAGE_TOKENS, ConfigError, TritiumError
@@ -135,9 +137,6 @@ class LoadReport:
         ]
         return "\n".join(lines + ([f"first error: {self.first_error}"] if self.first_error else []))
 
-    def json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
 
 def run_load(url: str, load: Load) -> LoadReport:
     """Send the load to the server at `url` and wait for its end. Raises `ConfigError` for a server that is not on
@@ -183,11 +182,9 @@ class _Run:
             watch = asyncio.ensure_future(self._watch_kills(http, before, prompt_pages))
             begin = time.monotonic()
             queue = iter(range(self._load.requests))
-            workers = [asyncio.ensure_future(self._client(queue)) for _ in range(self._load.clients)]
-            _, late = await asyncio.wait(workers, timeout=self._load.seconds)
-            for worker in late:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            workers = [self._client(queue) for _ in range(self._load.clients)]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*workers, return_exceptions=True), self._load.seconds)
             end = time.monotonic()
             idle = await self._wait_held(http, end, before)
             if not self._last_kill.done():
@@ -377,9 +374,8 @@ def _text(part: dict[str, Any]) -> str:
 def _quantiles(values: list[float]) -> dict[str, float]:
     if not values:
         return {}
-    ordered = sorted(values)
-    picked = {f"p{100 * q:g}": ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)] for q in _QUANTILES}
-    return picked | {"max": ordered[-1]}
+    picked = np.quantile(values, _QUANTILES, method="inverted_cdf")
+    return {**{f"p{100 * q:g}": float(value) for q, value in zip(_QUANTILES, picked)}, "max": max(values)}
 
 
 def _bucket_quantiles(at_most: dict[float, float]) -> dict[str, float]:
@@ -422,7 +418,7 @@ def main(url: str, requests: int | None, clients: int, **options: Any) -> None:
     except TritiumError as error:
         raise SystemExit(f"error: {error}") from None
     print(report.table(), file=sys.stderr)
-    print(report.json())
+    print(json.dumps(dataclasses.asdict(report)))
     if report.errors or report.corrupted:
         raise SystemExit(1)
 

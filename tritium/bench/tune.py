@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tritium.bench.ceilings import spent
 from tritium.bench.decode import clear, place, request
 from tritium.config import EngineConfig
 from tritium.core import ConfigError, SamplingParams
@@ -160,16 +162,7 @@ class _Step:
                 self._want = hidden_TH.clone()
             if not float((hidden_TH - self._want).norm() / self._want.norm()) < _AGREES:
                 return float("inf")
-            times = []
-            for _ in range(3):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                begin.record()
-                for _ in range(count := 6):
-                    self.again()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) / 1e3 / count)
-            return float(sorted(times)[1])
+            return statistics.median(spent(self.again, self.runner.model.device, 6) / 6 for _ in range(3))
 
 
 class DecodeStep(_Step):
@@ -202,9 +195,6 @@ class DecodeStep(_Step):
 
     def again(self) -> None:
         self._graph.replay()
-
-    def wait(self) -> None:
-        torch.cuda.synchronize()
 
 
 class _Prompt(_Step):

@@ -1,7 +1,7 @@
 """Who owns which KV page and which GDN slot: bookkeeping in integers, the memory itself lives in the runner."""
 
 from tritium.cache.pools import PagePool, SlotPool, pages_for
-from tritium.cache.prefix import Checkpoint, Lease, Match, Node, PrefixCache, common_prefix, may_resume
+from tritium.cache.prefix import Checkpoint, Lease, Match, Node, PrefixCache, common_prefix
 
 __all__ = [
     "Checkpoint",
@@ -12,6 +12,5 @@ __all__ = [
     "PrefixCache",
     "SlotPool",
     "common_prefix",
-    "may_resume",
     "pages_for",
 ]

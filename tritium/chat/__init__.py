@@ -6,7 +6,6 @@ from tritium.chat.grammar import AnswerFormat, ToolRules, answer_grammar
 from tritium.chat.messages import check_tools, images_in
 from tritium.chat.reasoning import ends_in_think
 from tritium.chat.stream import TextDelta, TextStream
-from tritium.chat.tokenizer import Tokenizer
 from tritium.chat.written import Written
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "Grammars",
     "TextDelta",
     "TextStream",
-    "Tokenizer",
     "ToolRules",
     "Written",
     "answer_grammar",

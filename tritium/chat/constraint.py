@@ -7,7 +7,7 @@ import functools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,20 +88,22 @@ class Grammars:
             banned = set(self.eos_ids)
             if rest:
                 banned |= {t for t in range(self.tokenizer.vocab_size) if self.bytes_of(t).startswith(rest)}
-            mask = (1 << self.vocab_size) - 1
-            for token in banned:
-                mask &= ~(1 << token)
-            self._without[rest] = mask.to_bytes(self._size, "little")
+            self._without[rest] = self._all_but(banned)
         return self._without[rest]
 
     @functools.cached_property
     def cut(self) -> bytes:
         """All tokens but the tag that closes a thought, for an answer whose thought was closed for it."""
-        mask = (1 << self.vocab_size) - 1
-        return (mask & ~(1 << self.end_think) if self.end_think else mask).to_bytes(self._size, "little")
+        return self._all_but({self.end_think} if self.end_think else ())
 
     def bytes_of(self, token: int) -> bytes:
         return b"" if self.inner.is_special_token(token) else self.inner.decode_bytes([token])
+
+    def _all_but(self, tokens: Collection[int]) -> bytes:
+        mask = (1 << self.vocab_size) - 1
+        for token in tokens:
+            mask &= ~(1 << token)
+        return mask.to_bytes(self._size, "little")
 
     @property
     def _size(self) -> int:

@@ -109,7 +109,6 @@ def load_chat(directory: Path, tool_call_parser: str = "auto") -> ChatFormat:
 
     Raises `CheckpointError` for files that are missing, damaged or do not parse.
     """
-    directory = Path(directory)
     template = load_template(directory)
     if tool_call_parser == "auto" and template and "tools" in template.names and FUNCTION not in template.source:
         log.warning("the chat template does not write tool calls as qwen3_xml, which answers are read as; "

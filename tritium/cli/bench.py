@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -58,28 +59,23 @@ def cache(rounds: int, **flags: Any) -> None:
     _report("cache", config, benchmark.run(config, _turns(0, 31), rounds=rounds), total=6)
 
 
-class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+def _numbers(text: str) -> tuple[int, ...]:
     """Whole numbers above 0 with commas between."""
-
-    name = "N,N,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r} is not a list of whole numbers above 0", param, context)
-        return tuple(int(part) for part in parts)
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers above 0")
+    return tuple(map(int, parts))
 
 
+_list_option = functools.partial(click.option, type=_numbers, metavar="N,N,...", show_default=True)
 _plot = click.option("--plot", type=click.Path(dir_okay=False), help="PNG to draw the result into.")
 _rounds = click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True,
                        help="Measurements of each cell, of which the middle counts.")
 
 
 @bench.command()
-@click.option("--rows", type=_Numbers(), default="1,8", show_default=True, help="Tokens of a decode step.")
-@click.option("--contexts", type=_Numbers(), default="512,65536", show_default=True, help="For attention.")
+@_list_option("--rows", default="1,8", help="Tokens of a decode step.")
+@_list_option("--contexts", default="512,65536", help="For attention.")
 @click.option("--op", "names", multiple=True, help="Only this op; may be repeated.")
 @_plot
 @options.engine_flags
@@ -100,9 +96,8 @@ def ops(rows: tuple[int, ...], contexts: tuple[int, ...], names: tuple[str, ...]
 
 
 @bench.command()
-@click.option("--rows", type=_Numbers(), default="1,2,4,8,16,32", show_default=True, help="Requests at once.")
-@click.option("--contexts", type=_Numbers(), default="512,8192,65536,131072,262144", show_default=True,
-              help="Tokens that each has behind it.")
+@_list_option("--rows", default="1,2,4,8,16,32", help="Requests at once.")
+@_list_option("--contexts", default="512,8192,65536,131072,262144", help="Tokens that each has behind it.")
 @click.option("--steps", type=click.IntRange(1, 10_000), default=64, show_default=True, help="Timed together.")
 @click.option("--temperature", default=0.6, show_default=True, help="0 takes the most likely token.")
 @_rounds
@@ -123,7 +118,7 @@ def decode(rows: tuple[int, ...], contexts: tuple[int, ...], steps: int, tempera
 
 
 @bench.command()
-@click.option("--rows", type=_Numbers(), default="1,8,32", show_default=True, help="Requests at once.")
+@_list_option("--rows", default="1,8,32", help="Requests at once.")
 @click.option("--context", type=click.IntRange(64), default=512, show_default=True, help="Tokens behind each.")
 @options.engine_flags
 def kernels(rows: tuple[int, ...], context: int, **flags: Any) -> None:
@@ -136,7 +131,7 @@ def kernels(rows: tuple[int, ...], context: int, **flags: Any) -> None:
 
 
 @bench.command()
-@click.option("--tokens", type=_Numbers(), default="8192,65536", show_default=True, help="Lengths of the prompts.")
+@_list_option("--tokens", default="8192,65536", help="Lengths of the prompts.")
 @_rounds
 @options.engine_flags
 def prefill(tokens: tuple[int, ...], rounds: int, **flags: Any) -> None:
@@ -182,7 +177,7 @@ def start(starts: int, requests: int, prompt: int, **flags: Any) -> None:
 
 @bench.command()
 @click.argument("url", default="http://127.0.0.1:8000")
-@click.option("--concurrency", type=_Numbers(), default="1,2,4,8,16,32", show_default=True, help="Clients at once.")
+@_list_option("--concurrency", default="1,2,4,8,16,32", help="Clients at once.")
 @click.option("--each", type=click.IntRange(1, 1000), default=4, show_default=True, help="Requests of each client.")
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a prompt.")
 @click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of an answer.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import click
 
@@ -19,7 +19,6 @@ class Printer:
     """Name the parts, for answers whose thinking cannot be told by its colour."""
     text: str = ""
     reasoning: str = ""
-    calls: list[str] = field(default_factory=list)
     _part: str = ""
 
     def show(self, event: Event) -> None:
@@ -36,8 +35,7 @@ class Printer:
                 click.echo(shown, nl=False)
         for call in event.tool_calls:
             self._enter("tool call")
-            self.calls.append(f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
-            click.echo(self.calls[-1], nl=False)
+            click.echo(f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})", nl=False)
 
     def end(self) -> None:
         if self._part:

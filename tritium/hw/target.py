@@ -167,19 +167,13 @@ def _probe_cpu() -> Target:
 
 def _cpu_identity() -> tuple[str, set[str]]:
     """Name of the CPU and the instruction flags that Linux reports (none elsewhere)."""
-    name, flags = platform.processor() or platform.machine(), set[str]()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        return name, flags
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            break
-    return name, flags
+        first = ""
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return name, set((told.get("flags") or told.get("Features", "")).split())
 
 
 def _probe_gpu(index: int) -> Target:

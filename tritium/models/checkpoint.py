@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -429,10 +430,7 @@ def _check_filled_once(
 
 
 def _stream(checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, Placement, list[torch.Tensor]]]:
-    by_file: dict[Path, list[tuple[StoredTensor, Placement]]] = {}
-    for tensor, place in checkpoint.tensors.items():
-        by_file.setdefault(tensor.file, []).append((tensor, place))
-    for file, tensors in by_file.items():
+    for file, tensors in groupby(checkpoint.tensors.items(), key=lambda pair: pair[0].file):
         with _opened(file) as opened:
             for tensor, place in tensors:
                 parts = tensor.parts or (tensor,)

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -37,10 +38,8 @@ def save(checkpoint: Checkpoint, directory: Path, *, device: str = "cpu", progre
     blocks(checkpoint.config)  # refuses what could not be loaded again
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ConfigError(f"{directory} is there already", hint="name a new directory")
-    files: dict[Path, list[StoredTensor]] = {}
-    for tensor in stored_tensors(checkpoint.directory):
-        files.setdefault(tensor.file, []).append(tensor)
-    before, after, places = sum(t.nbytes for ts in files.values() for t in ts), 0, dict[str, str]()
+    stored = stored_tensors(checkpoint.directory)
+    before, after, places = sum(tensor.nbytes for tensor in stored), 0, dict[str, str]()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for path in checkpoint.directory.iterdir():
@@ -49,7 +48,7 @@ def save(checkpoint: Checkpoint, directory: Path, *, device: str = "cpu", progre
         with tqdm(
             total=before, unit="B", unit_scale=True, desc="quantizing", file=sys.stderr, disable=not progress
         ) as bar:
-            for file, tensors in files.items():
+            for file, tensors in groupby(stored, key=lambda tensor: tensor.file):
                 chosen = {tensor: schemes.get(canonical_name(tensor.name)) for tensor in tensors}
                 entries = list(_entries(chosen))
                 after += sum(entry[-1] for entry in entries)
