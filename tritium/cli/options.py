@@ -63,7 +63,7 @@ def engine_flags(command: Command) -> Command:
     return click.option("--model", "model_flag", default=None, help=f"{about}  [default: tritium-dense]")(command)
 
 
-def engine_config(flags: dict[str, Any], model: str | None = None, **more: Any) -> EngineConfig:
+def engine_config(flags: dict[str, Any], model: str | None = None) -> EngineConfig:
     """Takes the engine's flags out of `flags`. The model may come as an argument or as --model, but not as two."""
     named = flags.pop("model_flag")
     if model and named and model != named:
@@ -71,7 +71,7 @@ def engine_config(flags: dict[str, Any], model: str | None = None, **more: Any) 
     fields = {name: flags.pop(name) for name in ENGINE_FLAGS}
     if model or named:
         fields["model"] = model or named
-    return EngineConfig(**fields, **more, show_progress=not flags.pop("quiet"))
+    return EngineConfig(**fields, show_progress=not flags.pop("quiet"))
 
 
 SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {

@@ -60,9 +60,7 @@ def variant(config: EngineConfig, spelled: str) -> EngineConfig:
     return dataclasses.replace(config, quantize=scheme, quantize_also=globs["+"], keep_bf16=globs["-"])
 
 
-def run_schemes(
-    config: EngineConfig, schemes: list[str], *, count: int = 100, seed: int = SEED
-) -> Iterator[dict[str, Any]]:
+def run_schemes(config: EngineConfig, schemes: list[str], *, count: int = 100) -> Iterator[dict[str, Any]]:
     """For each scheme what `run` gives, its name, and what `kl.compare` says of other held-out problems of all kinds
     with their answers, against the model without `quantize`."""
     configs = [(spelled, variant(config, spelled)) for spelled in schemes]
@@ -70,11 +68,11 @@ def run_schemes(
     texts = [
         chat.encode(chat.render([*s.task.messages, s.reply], tools=s.task.tools or None, add_generation_prompt=False))
         for kind in KINDS
-        for s in tasks.samples(kind, "heldout", seed + 1, count, tokens=1000)
+        for s in tasks.samples(kind, "heldout", SEED + 1, count, tokens=1000)
     ]
     plain = variant(config, "none")
     for spelled, one in configs:
-        figures = run(one, count=count, seed=seed) | {"scheme": spelled}
+        figures = run(one, count=count) | {"scheme": spelled}
         if one.quantize:
             figures |= kl.compare(plain, one, texts, longest=max(map(len, texts)), label=f"{spelled} KL")
         yield figures

@@ -469,9 +469,7 @@ def _chunk_stop(request: Request, budget: int) -> int:
 
 
 def _ending(request: Request, token: int) -> FinishReason | None:
-    sampling = request.sampling
-    ends = token in sampling.stop_token_ids or (token in request.eos_ids and not sampling.ignore_eos)
-    if ends and len(request.output_ids) > sampling.min_tokens:
+    if token in _ends(request) and len(request.output_ids) > request.sampling.min_tokens:
         return FinishReason.STOP
     return FinishReason.LENGTH if request.num_tokens >= request.max_total_tokens else None
 
