@@ -106,7 +106,7 @@ EMBED_SPEC = OpSpec(
     },
     results=lambda arguments, returned: {"x_TK": returned},
     bytes_moved=lambda d, size: d["T"] * d["K"] * (size + 4),
-    flops=lambda d: 0,
+    flops=lambda d: d["T"] * d["K"],
 )
 
 
