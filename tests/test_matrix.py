@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton._C.libtriton import ir
+from triton.compiler import code_generator, make_backend
 
 from tritium.bench import matrix
 from tritium.hw import NAMED, named
 from tritium.models.config import FULL, LINEAR, parse_config
 from tritium.models.families import family_config
-from tritium.ops.kernels.launch import launch, recorded
-from tritium.ops.kernels.matrix import Compiled, Job, compile_all, occupancy, violations
+from tritium.ops.kernels.launch import Launch, launch, recorded
+from tritium.ops.kernels.matrix import Compiled, Job, _gpu_target, compile_all, occupancy, violations
 from tritium.ops.spec import all_ops
 from tritium.runner import Runner
 
@@ -39,6 +42,16 @@ def _product(a, b, c, K, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, 
         else:
             out += tl.sum(x[:, :, None].to(tl.float32) * y[None].to(tl.float32), 1)
     tl.store(c + m[:, None] * N + n, out)
+
+
+@triton.jit
+def _halved(out, n, pdl: tl.constexpr):
+    low, high = tl.load(out), tl.load(out + 1)
+    middle = low
+    while high - low > n:
+        low = middle
+        middle = low + ((high - low) >> 1)
+    tl.store(out, low)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -145,6 +158,60 @@ def test_what_ships_compiles_within_the_limits(arch: str) -> None:
     }  # fmt: skip
     wrong = [matrix.line(each) for each in found if each.violations]
     assert not wrong, "\n".join(wrong)
+
+
+def lost(launches: Iterable[Launch], arch: str, monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """(function, name) set in a loop and not carried to its next round: Triton goes by a first pass over the body, in
+    which every name has its value from before. After `b = a`, an `a = b` in a loop is no change to it. The interpreter
+    runs such loops as they are written."""
+    generator, found, passes = code_generator.CodeGenerator, set(), []
+    find, visit = generator._find_carries, generator.visit_compound_statement
+
+    def values(self: Any) -> dict[str, list[Any]]:
+        held = {name: x for name, x in self.lscope.items() if code_generator._is_triton_value(x)}
+        return {name: code_generator.flatten_values_to_ir([x]) for name, x in held.items()}
+
+    def finds(self: Any, node: Any, *more: Any, **options: Any) -> Any:
+        passes.append(node)
+        result = find(self, node, *more, **options)
+        passes.pop()
+        node.carried = {*result[0], *([node.target.id] if isinstance(node, ast.For) else [])}
+        return result
+
+    def visits(self: Any, body: Any) -> None:
+        before = values(self)
+        visit(self, body)
+        loop = self.scf_stack[-1] if self.scf_stack else None
+        if loop and body is loop.body and not passes:
+            after = values(self)
+            changed = {name for name, x in before.items() if after.get(name, x) != x}
+            found.update((self.function_name.split("__")[0], name) for name in changed - loop.carried)
+
+    monkeypatch.setattr(generator, "_find_carries", finds)
+    monkeypatch.setattr(generator, "visit_compound_statement", visits)
+    forms = {(x.kernel, *(v for v in x.options.values() if isinstance(v, (bool, str)) or v < 2)): x for x in launches}
+    backend = make_backend(target := _gpu_target(arch))
+    for job in (Job.of(form, arch) for form in forms.values()):
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        options = backend.parse_options(dict(job.options))
+        job.source.make_ir(
+            target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        )
+    return found
+
+
+def test_a_name_that_a_loop_loses_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    with recorded("sm_90") as found:
+        launch(_halved, (1,), meta(2, dtype=torch.int64), 3)
+    assert {name for _, name in lost(found, "sm_90", monkeypatch)} == {"low"}
+
+
+def test_no_loop_loses_what_it_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [(model, scheme) for model in matrix.MODELS for scheme in ("", *matrix.SCHEMES)]
+    found = (x for model, scheme in steps for _, x in matrix.launches(model, "sm_90", scheme=scheme))
+    assert not lost(found, "sm_90", monkeypatch)
 
 
 def test_every_op_with_a_kernel_is_launched() -> None:

@@ -101,17 +101,15 @@ def columns_of(rng: random.Random, rows: int, vocab: int) -> dict[str, torch.Ten
 
 
 def compare(lane: str, path: dict[str, int], **arguments: Any) -> None:
-    want, finite = reference(**arguments)
+    want = reference(**arguments)
     mine = kernel_lane.moved(arguments, lane)
     if isinstance(edits := arguments.get("edits"), Edits):
         mine["edits"] = Edits(*(getattr(edits, name).to(lane) for name in Edits.__dataclass_fields__))
     kernel_lane.poison()
     before = mine["logits_SV"].clone()
-    token, whole = (x.cpu() for x in sample.kernel(**mine, **path))
+    token = sample.kernel(**mine, **path).cpu()
     assert torch.equal(mine["logits_SV"].nan_to_num(7), before.nan_to_num(7))
-    assert torch.equal(whole, finite)
-    assert ((token >= 0) & (token < arguments["logits_SV"].shape[-1])).all()
-    wrong = (finite & (token != want)).nonzero()[:, 0].tolist()
+    wrong = (token != want).nonzero()[:, 0].tolist()
     assert not wrong, [
         {name: x[i].item() for name, x in arguments.items() if name not in ("logits_SV", "edits", "allowed_SW")}
         | {"row": i, "want": want[i].item(), "got": token[i].item()}
@@ -175,15 +173,13 @@ def test_a_graph_draws_as_the_call_does_and_nothing_waits(seed):
     sample(**static)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        token, finite = sample(**static)
+        token = sample(**static)
     for _ in range(3):
         given = {"logits_SV": rows_of(rng, 14, 5000), **columns_of(rng, 14, 5000)}
         for name, x in given.items():
             static[name].copy_(x)
         graph.replay()
-        want, whole = reference(**given)
-        assert torch.equal(finite.cpu(), whole)
-        assert torch.equal(token.cpu()[whole], want[whole])
+        assert torch.equal(token.cpu(), reference(**given))
     torch.cuda.set_sync_debug_mode("error")
     try:
         sample(**static)

@@ -16,12 +16,12 @@ Weights are integers so that their sums are exact: no order of summation, batch 
 quantum, 2^-43 of the likeliest token's weight, is far below what a seeded draw can tell. A cut is one comparison with
 the last key kept, where key = w · 2^19 + (2^19 − 1 − id) orders by weight, then by id, and is unique.
 
-A row whose largest edited logit is not finite (a NaN, +inf, or nothing but -inf) has no token: `finite` is false
-there. Other -inf are masks.
+A row whose largest edited logit is not finite (a NaN, +inf, or nothing but -inf) has no token: -1. Other -inf are
+masks.
 
 Shapes: S rows, V vocabulary (at most 2^19), E edits, K alternatives, W words of 32
 tokens. logits_SV any float dtype; temperature_S,
-top_p_S, min_p_S float64; top_k_S (0: all), seed_S, position_S, token_S, rank_S int64; finite_S bool.
+top_p_S, min_p_S float64; top_k_S (0: all), seed_S, position_S, token_S, rank_S int64.
 """
 
 from __future__ import annotations
@@ -155,8 +155,9 @@ def reference(
     position_S: torch.Tensor,
     edits: Edits | None = None,
     allowed_SW: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token_S, finite_S); the token of a row that is not finite means nothing. Changes no argument.
+    token_S: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The tokens, -1 where there is none: in `token_S`, if given. Changes no other argument.
 
     `allowed_SW`: int32, bit t % 32 of word t / 32 says whether token t may be drawn.
     """
@@ -167,14 +168,15 @@ def reference(
         bit_32 = torch.arange(32, dtype=torch.int32, device=allowed_SW.device)
         banned_SV = ((allowed_SW[:, :, None] >> bit_32) & 1).flatten(1)[:, : logits_SV.shape[-1]] == 0
         logits_SV = logits_SV.masked_fill(banned_SV, -torch.inf)
-    token_S = logits_SV.argmax(-1)  # the first of equals; a NaN counts as the largest
-    peak_S = logits_SV.gather(-1, token_S[:, None])[:, 0].double()
+    best_S = logits_SV.argmax(-1)  # the first of equals; a NaN counts as the largest
+    peak_S = logits_SV.gather(-1, best_S[:, None])[:, 0].double()
     drawn_S = temperature_S > 0
     if bool(drawn_S.any()):
         columns = (logits_SV, peak_S, temperature_S, top_k_S, top_p_S, min_p_S, uniform(seed_S, position_S))
         parts = zip(*(column.split(_rows(logits_SV)) for column in columns), strict=True)
-        token_S = torch.where(drawn_S, torch.cat([_draw(*part) for part in parts]), token_S)
-    return token_S, peak_S.isfinite()
+        best_S = torch.where(drawn_S, torch.cat([_draw(*part) for part in parts]), best_S)
+    best_S = best_S.masked_fill(~peak_S.isfinite(), -1)
+    return best_S if token_S is None else token_S.copy_(best_S)
 
 
 def logprobs_reference(
@@ -237,7 +239,7 @@ SPEC = OpSpec(
     name="sample",
     cases=({"S": 1, "V": 77}, {"S": 33, "V": 2051}),
     inputs=_inputs,
-    results=lambda arguments, returned: {"token_S": returned[0], "finite_S": returned[1]},
+    results=lambda arguments, returned: {"token_S": returned},
     bytes_moved=lambda d, size: d["S"] * (size * d["V"] + 8),
     flops=lambda d: 4 * d["S"] * d["V"],
     # Rounding the logits changes the choice itself, so only the wide dtype can be compared number by number.

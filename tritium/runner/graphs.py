@@ -98,7 +98,6 @@ class Graphs:
         self._pages: list[tuple[int, ...]] = [()] * self.rows[-1]
         self._drawn_D = torch.zeros(most, dtype=torch.int64, device=model.device)
         """Of the step that was launched last; -1 where the logits were not finite."""
-        self._no_token = torch.tensor(-1, device=model.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._steps: dict[tuple[int, int], _Step] = {}
         self._last: Replay | None = None
@@ -215,8 +214,7 @@ class Graphs:
         def body() -> torch.Tensor:
             feed(host_HR=host_HR, drawn_D=self._drawn_D, table=table, ids_T=ids_T, next_S=columns["position_S"])
             hidden_TH = self.model.forward(batch, self.caches)
-            token_S, finite_S = sample(logits_SV=self.model.logits(hidden_TH), **columns)
-            torch.where(finite_S, token_S, self._no_token, out=self._drawn_D[:draws])
+            sample(logits_SV=self.model.logits(hidden_TH), token_S=self._drawn_D[:draws], **columns)
             return hidden_TH
 
         stream = torch.cuda.Stream(device)

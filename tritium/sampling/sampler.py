@@ -33,14 +33,14 @@ def draw(rows: Sequence[Site], logits_SV: torch.Tensor) -> list[Sampled]:
     if not rows:
         return []
     vocab, device = logits_SV.shape[-1], logits_SV.device
-    token_S, finite_S = sample(
+    token_S = sample(
         logits_SV=logits_SV,
         **_columns(rows, device),
         edits=_edits(rows, vocab, device),
         allowed_SW=_allowed(rows, vocab, device),
     )
-    drawn = torch.where(finite_S, token_S, -1).tolist()  # the one thing that is waited for
-    tokens = [token if token >= 0 else None for token in drawn]
+    # The one thing that is waited for.
+    tokens = [token if token >= 0 else None for token in token_S.tolist()]
     told = _logprobs(rows, logits_SV, tokens)
     return [Sampled(token, told.get(i)) for i, token in enumerate(tokens)]
 
