@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from tritium.core import RequestError
 from tritium.core.sampling_params import MAX_LOGPROBS
@@ -188,7 +188,7 @@ def parse(kind: type[Model], fields: Mapping[str, Any]) -> Model:
     for name in unsupported.keys() & fields.keys():
         given, harmless = fields[name], unsupported[name]
         if given is not None and not any(type(given) is type(value) and given == value for value in harmless):
-            only = f" (only {harmless[0]!r} is)" if harmless else ""
+            only = f" (only {to_json(harmless[0]).decode()} is)" if harmless else ""
             raise RequestError(f"{name} is not supported{only}", param=name)
     try:
         return kind.model_validate({name: value for name, value in fields.items() if name not in unsupported})
