@@ -47,6 +47,23 @@ def release_next(pdl: tl.constexpr):
         gdc_launch_dependents()
 
 
+@triton.jit
+def is_last(seen, COUNT: tl.constexpr):
+    """Whether all COUNT programs that share a count have come here, which sets it back; what they stored before may
+    then be read past the L1 cache."""
+    tl.debug_barrier()  # all of a program's part is there before it counts
+    last = tl.atomic_add(seen, 1, sem="acq_rel") == COUNT - 1
+    if last:
+        tl.store(seen, 0)
+    return last
+
+
+@lru_cache
+def counts(device: torch.device, size: int) -> torch.Tensor:
+    """Zeros, as `is_last` leaves them."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded launch: what the compile matrix compiles."""

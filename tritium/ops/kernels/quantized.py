@@ -10,8 +10,6 @@ first.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,8 @@ from tritium.ops.kernels.launch import (
     EXACT,
     bucket,
     cdiv,
+    counts,
+    is_last,
     launch,
     parameters,
     power_of_2,
@@ -342,12 +342,10 @@ def _block(program, w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.c
         spot = m.to(tl.int64)[None, :] * N + n[:, None]
         PARTS: tl.constexpr = (K + EACH - 1) // EACH
         tl.store(parts + tl.program_id(1).to(tl.int64) * M * N + spot, total, mask=kept)
-        tl.debug_barrier()  # all of a program's part is there before it counts
-        if tl.atomic_add(seen + program, 1, sem="acq_rel") == PARTS - 1:
+        if is_last(seen + program, PARTS):
             total = tl.zeros([OUT, TOKENS], tl.float32)
             for k in tl.static_range(PARTS):
                 total += tl.load(parts + k * M.to(tl.int64) * N + spot, mask=kept, other=0.0, cache_modifier=".cg")
-            tl.store(seen + program, 0)
         else:
             kept = kept & False
     if RESIDUAL:
@@ -448,17 +446,11 @@ def quantized(
     parts_PMN = torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device) if each else y_MN
     launch(
         _tile, (cdiv(P, 16) + programs, splits), values, w.scales, plain, x_MK if h_MK is None else h_MK, q_MK,
-        x_scales, residual, y_MN, parts_PMN, _counts(x_MK.device), M, PLAIN=P, Y=y_MN.stride(0), ROUND=most > 0,
+        x_scales, residual, y_MN, parts_PMN, counts(x_MK.device, _COUNTS), M, PLAIN=P, Y=y_MN.stride(0), ROUND=most > 0,
         PACKED=packed(target), PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens, DEPTH=depth,
         BAND=found.pop("band"), STAGES=found["num_stages"], THREADS=32 * found["num_warps"], PREFETCH=prefetch,
         EACH=each, **shared, **found,
     )  # fmt: skip
-
-
-@lru_cache
-def _counts(device: torch.device) -> torch.Tensor:
-    """Zeros, as `_tile` leaves them."""
-    return torch.zeros(_COUNTS, dtype=torch.int32, device=device)
 
 
 def depth_of(w: Quantized, depth: int) -> int:

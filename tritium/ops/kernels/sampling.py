@@ -24,13 +24,21 @@ of a row have ended, 0 between launches.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
-from tritium.ops.kernels.launch import bucket, cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
+from tritium.ops.kernels.launch import (
+    bucket,
+    cdiv,
+    counts,
+    is_last,
+    launch,
+    parameters,
+    power_of_2,
+    release_next,
+    wait_for_inputs,
+)
 from tritium.ops.sampling import Edits, check_vocabulary, edited
 
 _ID_BITS = tl.constexpr(19)
@@ -116,16 +124,6 @@ def _state(state, temperature):
 
 
 @triton.jit
-def _is_last(seen, B: tl.constexpr):
-    """Whether all B programs of a row have come here; what they stored before may then be read past the L1 cache."""
-    tl.debug_barrier()  # all of a program's part is there before it counts
-    last = tl.atomic_add(seen, 1, sem="acq_rel") == B - 1
-    if last:
-        tl.store(seen, 0)
-    return last
-
-
-@triton.jit
 def _peaks(logits, allowed, best, state, tally, seen, token, temperature, top_k, min_p, stride, words, V: tl.constexpr,
            B: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, SHARE: tl.constexpr,
            pdl: tl.constexpr):  # fmt: skip
@@ -141,7 +139,7 @@ def _peaks(logits, allowed, best, state, tally, seen, token, temperature, top_k,
     if heat > 0:
         entry = block * SHARE + tl.arange(0, SHARE)
         tl.store(tally + row * (2 * 2048) + entry, tl.zeros([SHARE], tl.int64), mask=entry < 2 * 2048)
-    if _is_last(seen + row, B):
+    if is_last(seen + row, B):
         key = tl.load(best + b, mask=b < B, other=_NOTHING, cache_modifier=".cg")
         top = tl.max(key)
         peak = _logit(top)
@@ -278,7 +276,7 @@ def _weigh(logits, allowed, best, state, tally, listed, sums, seen, token, tempe
                     tl.atomic_add(entry + 2048, weight, mask=kept, sem="relaxed")
         tl.store(sums + block, total)
         share = _uniform(tl.load(seed + row), tl.load(position + row))
-        if _is_last(seen + row, B):
+        if is_last(seen + row, B):
             size = tl.load(state + 2, cache_modifier=".cg").to(tl.int32)
             if not cuts:
                 tl.store(token + row, _draw(logits, allowed, sums, peak, heat, least, share, V, B, ALL, BLOCK, MASKED))
@@ -362,7 +360,7 @@ def _collect(logits, allowed, best, state, tally, listed, sums, seen, token, tem
             if many > 0:
                 _append(listed, state + 3, key, wanted, many, ROOM)
         tl.store(sums + block, above)
-        if _is_last(seen + row, B):
+        if is_last(seen + row, B):
             size = tl.load(state + 3, cache_modifier=".cg").to(tl.int32)
             least = _cut(logits, allowed, tally, listed, size, k, p, peak, heat, least, V, ROOM, BLOCK, MASKED)
             for start in range(0, size if size <= ROOM else V, BLOCK):
@@ -410,7 +408,7 @@ def sample(
     token_S = numbers(rows) if token_S is None else token_S
     best_SB, sums_SB, state_S8 = numbers(rows, blocks), numbers(rows, blocks), numbers(rows, 8)
     tally_S2D, listed_SC = numbers(rows, 2, _BINS), numbers(rows, room)
-    seen_S = _counts(logits_SV.device, bucket(rows))
+    seen_S = counts(logits_SV.device, bucket(rows))
     allowed = state_S8 if allowed_SW is None else allowed_SW.contiguous()
     strides = (logits_SV.stride(0), allowed.stride(0))
     shared = {"V": vocab, "MASKED": allowed_SW is not None, "B": blocks, "BLOCK": block, "ALL": power_of_2(blocks)}
@@ -421,12 +419,6 @@ def sample(
                token_S, temperature_S, top_k_S, top_p_S, seed_S, position_S, *strides, ROOM=room, FEW=min(room, _FEW),
                **shared, **found)  # fmt: skip
     return token_S
-
-
-@lru_cache
-def _counts(device: torch.device, rows: int) -> torch.Tensor:
-    """Zeros, as `_is_last` leaves them."""
-    return torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 @triton.jit
