@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import time
 
+from scripted import ScriptedEngine
 from served import rambles, scripted
 
-from tritium.api import ScriptedEngine
 from tritium.core import CheckpointError
 
 

@@ -14,9 +14,10 @@ import anthropic
 import httpx
 import openai
 from byte_chat import byte_chat_format
+from scripted import ScriptedEngine
 from starlette.routing import Route
 
-from tritium.api import Limits, ScriptedEngine, Session
+from tritium.api import Limits, Session
 from tritium.api.engine_core import EngineCore
 from tritium.chat import ChatFormat
 from tritium.core import Request

@@ -9,8 +9,9 @@ from contextlib import aclosing
 
 import pytest
 from byte_chat import byte_chat_format
+from scripted import ScriptedEngine
 
-from tritium.api import LLM, Completion, ContextLengthError, ScriptedEngine, Session, TextOptions
+from tritium.api import LLM, Completion, ContextLengthError, Session, TextOptions
 from tritium.core import ConfigError, EngineDeadError, FinishReason, RequestError, SamplingParams
 
 CHAT = byte_chat_format()

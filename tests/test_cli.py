@@ -18,8 +18,9 @@ from typing import Any
 import click
 import pytest
 from byte_chat import byte_chat_format
+from scripted import ScriptedEngine
 
-from tritium.api import Limits, ScriptedEngine, Session
+from tritium.api import Limits, Session
 from tritium.cli import main as main_module
 from tritium.cli.main import main
 from tritium.cli.render import Printer, time_table
@@ -210,7 +211,8 @@ def test_chat_survives_a_turn_that_does_not_fit(
 
 SLOW_CHAT = """
 import sys
-from tritium.api import ScriptedEngine, Session
+from scripted import ScriptedEngine
+from tritium.api import Session
 from byte_chat import byte_chat_format
 from tritium.cli.main import main
 chat = byte_chat_format()

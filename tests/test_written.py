@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from byte_chat import byte_chat_format
+from scripted import ScriptedEngine
 
-from tritium.api import LLM, ScriptedEngine
+from tritium.api import LLM
 
 CHAT = byte_chat_format()
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"type": "integer"}}}}}]

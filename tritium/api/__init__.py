@@ -5,7 +5,6 @@ from tritium.api.door import ContextLengthError, Door, Message, Prompts, TextOpt
 from tritium.api.engine_core import EngineCore
 from tritium.api.gate import BusyError, Limits
 from tritium.api.llm import LLM
-from tritium.api.scripted import ScriptedEngine
 from tritium.api.session import OvertimeError, Session, Sink
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "Message",
     "OvertimeError",
     "Prompts",
-    "ScriptedEngine",
     "Session",
     "Sink",
     "TextOptions",

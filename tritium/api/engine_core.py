@@ -1,4 +1,4 @@
-"""What the api asks of an engine. `tritium.engine.Engine` and `ScriptedEngine` both answer it."""
+"""What the api asks of an engine. `tritium.engine.Engine` answers it, as does the scripted one of the tests."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class LLM:
 
     @classmethod
     def over(cls, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None) -> LLM:
-        """An LLM over an engine that exists, such as a `ScriptedEngine`."""
+        """An LLM over an engine that exists."""
         llm = cls.__new__(cls)
         llm._engine, llm.door = engine, Door(engine, chat, seed=seed)
         return llm

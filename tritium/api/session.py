@@ -90,7 +90,7 @@ class Session:
     @classmethod
     def over(cls, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None,
              limits: Limits | None = None) -> Session:
-        """A session over an engine that exists, such as a `ScriptedEngine`."""
+        """A session over an engine that exists."""
         return cls(EngineThread(engine), Door(engine, chat, seed=seed), limits=limits)
 
     def start(self) -> None:
