@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tritium.api.engine_core import EngineCore
-from tritium.core import (
-    CacheCall,
-    EngineDeadError,
-    EngineStats,
-    Request,
-    RequestError,
-    TokenEvent,
-    TritiumError,
-)
+from tritium.core import CacheCall, EngineDeadError, EngineStats, Request, RequestError, TokenEvent, TritiumError
 from tritium.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -96,34 +88,25 @@ def drive(engine: EngineCore, commands: queue.SimpleQueue[Command], tell: Callab
     while True:
         refused: list[tuple[str, RequestError]] = []
         kept: list[tuple[str, dict[str, Any] | TritiumError]] = []
-        obeyed = 0
-        while True:
-            try:
-                command = commands.get(block=not (obeyed or engine.has_work))
-            except queue.Empty:
-                break
-            obeyed += 1
+        obeyed = False
+        while not (commands.empty() and (obeyed or engine.has_work)):
+            obeyed, command = True, commands.get()
             if command is None:
                 return
             if isinstance(command, str):
                 engine.abort(command)
-                continue
-            if isinstance(command, CacheCall):
-                kept.append((command.id, _kept(engine, command)))
-                continue
-            try:
-                engine.add(command)
-            except RequestError as error:
-                refused.append((command.id, error))
+            elif isinstance(command, CacheCall):
+                try:
+                    kept.append((command.id, engine.keep(command)))
+                except TritiumError as error:
+                    kept.append((command.id, error))
+            else:
+                try:
+                    engine.add(command)
+                except RequestError as error:
+                    refused.append((command.id, error))
         events, made_at = engine.step() if engine.has_work else [], time.monotonic()
         tell(Report(events, engine.stats(), made_at, tuple(refused), tuple(kept)))
-
-
-def _kept(engine: EngineCore, call: CacheCall) -> dict[str, Any] | TritiumError:
-    try:
-        return engine.keep(call)
-    except TritiumError as error:
-        return error
 
 
 def died(error: BaseException) -> Died:
