@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,8 +33,8 @@ class Grammars:
         self.vocab_size = vocab_size
         self.eos_ids = tuple(sorted(eos_ids))
         self.end_think = tokenizer.token_id(END_THINK)
-        self._inner: LLTokenizer | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled = functools.lru_cache(_KEPT)(self._compile)
+        self._size = 4 * -(-vocab_size // 32)
         self._without: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
 
@@ -47,11 +46,7 @@ class Grammars:
         """The grammar, ready to be copied. Raises `RequestError` with llguidance's words for one that it cannot hold,
         or not within its limits of size and work."""
         with self._lock:
-            found = self._compiled.pop(grammar, None) or self._compile(grammar)
-            self._compiled[grammar] = found
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-            return found
+            return self._compiled(grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -63,18 +58,16 @@ class Grammars:
             raise RequestError(_first_line(error or matcher.get_error()))
         return matcher
 
-    @property
+    @functools.cached_property
     def inner(self) -> LLTokenizer:
         """llguidance's view of the tokenizer: the tags of thoughts and calls are special there, so that no rule for
         text lets them through."""
-        if self._inner is None:
-            from llguidance import LLTokenizer
+        from llguidance import LLTokenizer
 
-            form = json.loads(self.tokenizer.serialized())
-            for token in form["added_tokens"]:
-                token["special"] |= token["content"] in TAGS
-            self._inner = LLTokenizer(json.dumps(form), n_vocab=self.vocab_size, eos_token=list(self.eos_ids))
-        return self._inner
+        form = json.loads(self.tokenizer.serialized())
+        for token in form["added_tokens"]:
+            token["special"] |= token["content"] in TAGS
+        return LLTokenizer(json.dumps(form), n_vocab=self.vocab_size, eos_token=list(self.eos_ids))
 
     def only(self, *tokens: int) -> bytes:
         return sum(1 << token for token in tokens).to_bytes(self._size, "little")
@@ -104,10 +97,6 @@ class Grammars:
         for token in tokens:
             mask &= ~(1 << token)
         return mask.to_bytes(self._size, "little")
-
-    @property
-    def _size(self) -> int:
-        return 4 * -(-self.vocab_size // 32)
 
 
 @dataclass(frozen=True, slots=True)
