@@ -29,7 +29,9 @@ class StopMatcher:
         if not self.stops:
             return text, None
         known, text = len(self._held), self._held + text
-        found = [(at + len(stop), at, stop) for stop in self.stops if (at := self._find(text, stop, known)) >= 0]
+        # The first of each that ends after what was known.
+        found = [(at + len(stop), at, stop) for stop in self.stops
+                 if (at := text.find(stop, max(0, known - len(stop) + 1))) >= 0]
         if armed and found:
             end, start, stop = min(found)
             return text[: end if self._include else start], stop
@@ -41,8 +43,3 @@ class StopMatcher:
         """What is held back, which no match can need any more."""
         held, self._held = self._held, ""
         return held
-
-    @staticmethod
-    def _find(text: str, stop: str, known: int) -> int:
-        """Where the first `stop` that ends after `known` characters begins, or -1."""
-        return text.find(stop, max(0, known - len(stop) + 1))

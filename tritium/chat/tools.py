@@ -221,13 +221,11 @@ class _Call:
             rest = text[at + len(_END_PARAMETER) :].lstrip()
             while rest.startswith(_END_PARAMETER):
                 rest = rest[len(_END_PARAMETER) :].lstrip()
-            follows = (_PARAMETER, _END_FUNCTION, END_TOOL_CALL)
-            return self._followed(rest, len(_END_PARAMETER), final, follows, (*follows, _END_PARAMETER))
+            return _followed(rest, len(_END_PARAMETER), final, _PARAMETER, _END_FUNCTION, END_TOOL_CALL, _END_PARAMETER)
         if text.startswith(_END_FUNCTION, at):
-            rest = text[at + len(_END_FUNCTION) :].lstrip()
-            return self._followed(rest, 0, final, (END_TOOL_CALL, _END_FUNCTION), (END_TOOL_CALL, _END_FUNCTION))
+            return _followed(text[at + len(_END_FUNCTION) :].lstrip(), 0, final, END_TOOL_CALL, _END_FUNCTION)
         if text.startswith(END_TOOL_CALL, at):
-            return self._followed(text[at + len(END_TOOL_CALL) :].lstrip(), 0, final, (TOOL_CALL,), (TOOL_CALL,))
+            return _followed(text[at + len(END_TOOL_CALL) :].lstrip(), 0, final, TOOL_CALL)
         rest = text[at : at + 512]
         if opened := _OPEN.match(rest):
             starts_line = _LINE_END.search(text[max(0, at - 256) : at])
@@ -238,16 +236,6 @@ class _Call:
         if final:  # cut off in its closing tag
             return len(rest) if _END_PARAMETER.startswith(rest) and len(rest) > 1 else -1
         return None
-
-    @staticmethod
-    def _followed(
-        rest: str, length: int, final: bool, tags: tuple[str, ...], partial: tuple[str, ...]
-    ) -> int | None:
-        if rest.startswith(tags):
-            return length
-        if _begins_one_of(rest, *partial):
-            return length if final else None
-        return -1
 
     def _open(self, name: str) -> None:
         self._parameter, self._value, self._scanned, self._mentioned = name, [], 0, False
@@ -300,6 +288,15 @@ class _Call:
         out.append("}" if self.call.arguments else "{}")
         self.ended = True
         return 0
+
+
+def _followed(rest: str, length: int, final: bool, *tags: str) -> int | None:
+    """`length` where `rest` begins with one of the tags; -1 where it does not; None where that is not known yet."""
+    if rest.startswith(tags):
+        return length
+    if _begins_one_of(rest, *tags):
+        return length if final else None
+    return -1
 
 
 def _inner(text: str) -> str:
