@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -46,17 +47,14 @@ class ChatTemplate:
         """The prompt. Raises `RequestError` with the template's own words when it refuses the messages, and with
         its line when it fails on them."""
         template = self._with_tools if tools else self._plain
-        given = {"messages": messages, "tools": tools, "documents": None}
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return template.render(
-                {**self.variables, **variables, **given, "add_generation_prompt": add_generation_prompt}
-            )
+            return template.render({**self.variables, **variables, **given, "documents": None})
         except _RefusedError as error:
             raise RequestError(one_line(error), param="messages") from None
         except Exception as error:  # a template can fail in every way that Python can
-            raise RequestError(
-                f"the chat template fails on these messages{_line_of(error)}: {one_line(error)}", param="messages"
-            ) from error
+            said = f"the chat template fails on these messages{_line_of(error)}: {one_line(error)}"
+            raise RequestError(said, param="messages") from error
 
 
 def load_template(directory: Path) -> ChatTemplate | None:
@@ -110,13 +108,8 @@ def _compile(source: str, origin: str) -> jinja2.Template:
         raise CheckpointError(f"{origin} is nested too deeply") from error
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
     """JSON as it is: Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -127,12 +120,8 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _line_of(error: BaseException) -> str:
     """The template's line in a traceback, which Jinja rewrites to it."""
-    line, step = None, error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_code.co_filename == "<template>":
-            line = step.tb_lineno
-        step = step.tb_next
-    return "" if line is None else f" (line {line})"
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def _read(path: Path) -> str:
