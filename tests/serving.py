@@ -42,8 +42,6 @@ def assemble(
         engine.runner,
         Scheduler(limits, page_pool, slots, cache=cache, proposer=proposer, depth=depth),
         plan=engine.memory_plan,
-        pages=page_pool,
-        slots=slots,
         directory=Path(),
         generation_defaults={},
         ahead=ahead,

@@ -47,8 +47,6 @@ class Engine:
         scheduler: Scheduler,
         *,
         plan: MemoryPlan,
-        pages: PagePool,
-        slots: SlotPool,
         directory: Path,
         generation_defaults: Mapping[str, Any],
         policy: DepthPolicy | None = None,
@@ -62,7 +60,6 @@ class Engine:
         self.memory_plan = plan
         self.directory = directory
         self.generation_defaults = generation_defaults
-        self._pages, self._slots = pages, slots
         self._counts = {"prompt_tokens": 0, "generated_tokens": 0, "steps": 0, "decode_rows": 0}
         self._proposed, self._accepted = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
         self._schedule_seconds = 0.0
@@ -138,8 +135,6 @@ class Engine:
             runner,
             Scheduler(limits, pages, slots, cache=cache, proposer=policy or proposer, depth=depth),
             plan=plan,
-            pages=pages,
-            slots=slots,
             directory=directory,
             generation_defaults=read_json(generation) if generation.exists() else {},
             policy=policy,
@@ -265,10 +260,10 @@ class Engine:
         return EngineStats(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
-            pages_used=self._pages.num_used - reuse.cache.num_evictable,
-            pages_total=self._pages.num_total,
-            slots_used=self._slots.num_used - reuse.cache.num_checkpoints,
-            slots_total=self._slots.num_total,
+            pages_used=reuse.pages.num_used - reuse.cache.num_evictable,
+            pages_total=reuse.pages.num_total,
+            slots_used=reuse.slots.num_used - reuse.cache.num_checkpoints,
+            slots_total=reuse.slots.num_total,
             pages_cached=reuse.cache.num_evictable,
             checkpoints=reuse.cache.num_checkpoints,
             checkpoints_host=reuse.cache.num_hosted,

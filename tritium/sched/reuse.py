@@ -64,7 +64,7 @@ class Reuse:
         """How the debug log shows tokens."""
         self.hit_tokens = 0
         self.missed_tokens: Counter[str] = Counter()
-        self._pages, self._slots = pages, slots
+        self.pages, self.slots = pages, slots
         self._shares: dict[Request, _Share] = {}
         self._matches: dict[Request, tuple[int, Match]] = {}
         self._leaders: dict[Request, tuple[Request, int]] = {}
@@ -130,7 +130,7 @@ class Reuse:
             return ()
         for position in [p for p in share.wanted if p <= stop]:
             kind = share.wanted.pop(position)
-            full = (taken and stop - start <= SHORT_ROW) or (kind == SPARE and not self._slots.num_free)
+            full = (taken and stop - start <= SHORT_ROW) or (kind == SPARE and not self.slots.num_free)
             if position > start and not full and (slot := self.cache.take_slot()) is not None:
                 taken.append((position, slot))
                 if kind:
@@ -155,7 +155,7 @@ class Reuse:
     def abandon(self, row: RowPlan) -> None:
         """A step was computed for a request that is gone."""
         for _, slot in row.snapshots:
-            self._slots.release(slot)
+            self.slots.release(slot)
 
     def release(self, request: Request, *, keep: bool, settled: bool) -> None:
         """Takes a request off the device. With `keep` all it computed stays for others, and, when it is `settled` (no
@@ -169,7 +169,7 @@ class Reuse:
         if keep and settled:
             self.cache.attach(share.lease, request.ids, state_at, request.slot)
         else:
-            self._slots.release(request.slot)
+            self.slots.release(request.slot)
         self.cache.release(share.lease, request.pages)
         request.pages, request.slot = [], None
 
@@ -194,7 +194,7 @@ class Reuse:
             self.cache.release(lease, ())
             return False
         self.cache.make_room(own)
-        fresh = self._pages.allocate(own)
+        fresh = self.pages.allocate(own)
         request.pages, request.slot = self.cache.path_pages(match.node) + fresh, slot
         copy = None if match.partial is None else (match.partial.page, fresh[0])
         self._shares[request] = _Share(lease, source, copy)
