@@ -138,4 +138,4 @@ def again(requests: list[Request]) -> list[Request]:
 
 
 def replace_tokens(r: Request, max_tokens: int) -> Request:
-    return replace(r, sampling=r.sampling.replace(max_tokens=max_tokens))
+    return replace(r, sampling=replace(r.sampling, max_tokens=max_tokens))

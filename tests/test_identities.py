@@ -181,7 +181,7 @@ def test_one_step_ahead_is_the_plain_loop(engine: Engine, seed: int) -> None:
     rng = random.Random(seed + 5)
     stops = tuple(rng.sample(range(1, VOCAB), 8))
     first = [
-        replace(r, sampling=r.sampling.replace(max_tokens=90, stop_token_ids=stops[: rng.choice((0, 1, 8))]))
+        replace(r, sampling=replace(r.sampling, max_tokens=90, stop_token_ids=stops[: rng.choice((0, 1, 8))]))
         for r in mixed_requests(rng, 24, longest=100)
     ]
     arrivals = [i // 8 * 60 + rng.randrange(10) for i in range(len(first))]

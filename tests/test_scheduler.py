@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -580,7 +580,7 @@ class World:
             min_tokens=0,
         )
         if sampling.max_tokens is None or sampling.max_tokens > 8:
-            sampling = sampling.replace(min_tokens=rng.choice([0, 0, 7]))
+            sampling = replace(sampling, min_tokens=rng.choice([0, 0, 7]))
         name = f"r{self.arrivals}"
         priority = rng.choice([0, 0, 0, 1, -1])
         one = Request(name, prompt, sampling, seed, eos_ids=EOS, priority=priority)
