@@ -202,6 +202,28 @@ def test_nothing_bad_reaches_the_engine(prompt, fields, message):
     assert not engine.has_work
 
 
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("temperature", -0.5, "must be within [0, 100], got -0.5"),
+    ("temperature", 10**400, "must be within [0, 100], got 1000"),
+    ("temperature", float("inf"), "must be a finite number, got inf"),
+    ("temperature", None, "must be a finite number, got None"),
+    ("top_p", 0.0, "must be within (0, 1], got 0"),
+    ("repetition_penalty", float("nan"), "must be a finite number, got nan"),
+    ("top_k", -2, "must be within [0, "),
+    ("n", 10**400, "must be within [1, 128], got 1000"),
+    ("n", True, "must be an integer, got True"),
+    ("logprobs", 21, "must be within [0, 20], got 21"),
+    ("max_tokens", 2.5, "must be an integer, got 2.5"),
+    ("logit_bias", {7: 10**400}, "of token 7 must be within [-100, 100]"),
+], ids=lambda value: f"{value!r:.20}")
+def test_numbers_out_of_their_range_are_named(field, value, message):
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{field: value})
+    assert f"{field} {message}" in caught.value.message
+    assert caught.value.param == field
+    assert len(caught.value.message) < 150
+
+
 def test_a_full_context_is_served():
     [done] = LLM.over(rambles(max_model_len=64), CHAT).generate("x" * 60, SamplingParams(max_tokens=4))
     assert done.usage.completion_tokens == 4

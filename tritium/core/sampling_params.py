@@ -11,6 +11,15 @@ from tritium.core.errors import RequestError
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
+_MOST = 2**31 - 1
+_RANGES = (
+    ("temperature", "[", 0.0, 100.0), ("top_p", "(", 0.0, 1.0), ("min_p", "[", 0.0, 1.0),
+    ("presence_penalty", "[", -2.0, 2.0), ("frequency_penalty", "[", -2.0, 2.0),
+    ("repetition_penalty", "(", 0.0, 100.0), ("top_k", "[", 0, _MOST), ("min_tokens", "[", 0, _MOST),
+    ("n", "[", 1, MAX_N), ("logprobs", "[", 0, MAX_LOGPROBS), ("prompt_logprobs", "[", 0, MAX_LOGPROBS),
+    ("max_tokens", "[", 1, _MOST),
+)  # fmt: skip
+"""Field, whether its lowest value is one of its values, lowest and highest; of integers where these are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +55,20 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise RequestError(f"{name} must be a finite number, got {value!r}", param=name)
-        for name in ("top_k", "min_tokens", "n"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
-                raise RequestError(f"{name} must be an integer, got {getattr(self, name)!r}", param=name)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_k", self.top_k, 0, 2**31 - 1)
-        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        _within("n", self.n, 1, MAX_N)
-        for name, low, high in (("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS),
-                                ("max_tokens", 1, 2**31 - 1)):  # fmt: skip
-            if (value := getattr(self, name)) is not None:
-                _within(name, value, low, high)
+        for name, bracket, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is None and name in ("logprobs", "prompt_logprobs", "max_tokens"):
+                continue
+            kind, what = (int, "an integer") if isinstance(high, int) else ((int, float), "a finite number")
+            if isinstance(value, bool) or not isinstance(value, kind) or value != value or abs(value) == math.inf:
+                raise RequestError(f"{name} must be {what}, got {value!r}", param=name)
+            if value > high or value < low or (bracket == "(" and value == low):
+                raise RequestError(f"{name} must be within {bracket}{low:g}, {high:g}], got {value!r:.50}", param=name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(
-                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})", param="min_tokens"
-            )
+            raise RequestError(f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})",
+                               param="min_tokens")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise RequestError("seed must fit in 64 bits", param="seed")
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -79,17 +76,9 @@ class SamplingParams:
         if any(not text for text in self.stop):
             raise RequestError("a stop string must not be empty", param="stop")
         for token, bias in self.logit_bias.items():
-            if not isinstance(bias, (int, float)) or not math.isfinite(bias) or not -100 <= bias <= 100:
+            if not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias of token {token} must be within [-100, 100]", param="logit_bias")
 
     @property
     def uses_penalties(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
-
-
-def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise RequestError(f"{name} must be a number, got {value!r}", param=name)
-    if value > high or value < low or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise RequestError(f"{name} must be within {bracket}{low:g}, {high:g}], got {value:g}", param=name)
