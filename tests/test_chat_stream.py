@@ -46,7 +46,7 @@ def collect(stream: TextStream, pushes: Sequence[Sequence[int]]) -> Outcome:
     deltas = [stream.push(ids) for ids in pushes] + [stream.push([], final=True)]
     stops = [delta.stopped_by for delta in deltas if delta.stopped_by]
     assert len(stops) <= 1
-    assert stream.stopped == bool(stops)
+    assert (stream.stopped_by is not None) == bool(stops)
     return (
         "".join(delta.text for delta in deltas),
         "".join(delta.reasoning for delta in deltas),

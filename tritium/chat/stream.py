@@ -56,11 +56,6 @@ class TextStream:
         self.reasoning_tokens = 0
         """Tokens whose text is inside the reasoning, without its tags."""
 
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended the text."""
-        return self.stopped_by is not None
-
     def push(self, ids: Sequence[int], *, final: bool = False) -> TextDelta:
         """The next tokens; `final` releases all that is held back. After the end everything is ignored."""
         out = TextDelta()
@@ -77,7 +72,7 @@ class TextStream:
                 return out
         if final:
             self._take(self._detokenizer.flush(), out)
-            if not self.stopped:
+            if self.stopped_by is None:
                 self._finish(self._stops.flush(), out)
         return out
 
