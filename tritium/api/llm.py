@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from types import TracebackType
 from typing import Any
@@ -45,9 +45,7 @@ class LLM:
     @classmethod
     def load(cls, config: EngineConfig) -> LLM:
         """The same from a configuration."""
-        llm = cls.__new__(cls)
-        llm._engine, llm.door = load(config)
-        return llm
+        return cls(**asdict(config))
 
     @classmethod
     def over(cls, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None) -> LLM:
