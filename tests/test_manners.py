@@ -66,7 +66,7 @@ def test_keys_share_the_engine_whoever_came_first():
             for _ in range(100):
                 ask("c")
         _, ticket = inside.pop(rng.randrange(len(inside)))
-        ticket.choice_ended()
+        ticket.choices_ended()
         ticket.leave()
         assert gate.running == capacity
         if turn in (39, 79):
@@ -110,7 +110,7 @@ def test_random_tickets_leave_nothing_behind(seed):
         else:
             ticket = rng.choice(open_tickets)
             if ticket in admitted and ticket.choices and rng.random() < 0.7:
-                ticket.choice_ended()
+                ticket.choices_ended()
             else:
                 ticket.leave()
                 ticket.leave()

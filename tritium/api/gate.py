@@ -153,17 +153,15 @@ class Ticket:
         self.account.served += tokens
         self.account.allowance -= tokens
 
-    def choice_ended(self) -> None:
-        self._give_back(1)
-
     def leave(self) -> None:
         """The request is over. May be called again."""
         if not self.left:
             self.left = True
             self.gate.forget(self)
-            self._give_back(self.choices)
+            self.choices_ended(self.choices)
 
-    def _give_back(self, choices: int) -> None:
+    def choices_ended(self, choices: int = 1) -> None:
+        """So many of them, which give their places to others."""
         self.choices -= choices
         if self.inside and choices:
             self.gate.running -= choices

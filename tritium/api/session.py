@@ -341,7 +341,7 @@ class _Inbox:
         """The engine is done with a choice: another may take its place."""
         if request_id not in self._ended:
             self._ended.add(request_id)
-            self._ticket.choice_ended()
+            self._ticket.choices_ended()
 
     def fail(self, error: Exception) -> None:
         self._error = error
