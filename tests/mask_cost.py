@@ -14,10 +14,10 @@ import click
 
 from tritium.api import TextOptions
 from tritium.api.door import Door, load
-from tritium.api.engine_core import EngineCore
 from tritium.chat import AnswerFormat
 from tritium.config import EngineConfig
 from tritium.core import SamplingParams
+from tritium.engine import Engine
 
 PERSON = {
     "type": "object",
@@ -33,7 +33,7 @@ PERSON = {
 PEOPLE = {"type": "array", "items": PERSON, "minItems": 30, "maxItems": 40}
 
 
-def seconds(engine: EngineCore, door: Door, batch: int, tokens: int, form: AnswerFormat | None) -> float:
+def seconds(engine: Engine, door: Door, batch: int, tokens: int, form: AnswerFormat | None) -> float:
     """Of a decode step of `batch` rows, the mean of all steps."""
     for i in range(batch):
         asked = SamplingParams(temperature=1.0, max_tokens=tokens, seed=i, ignore_eos=form is None)

@@ -1,4 +1,7 @@
-"""An engine without a model: it says what it is told to, one step at a time, and can be slow, full or fall over."""
+"""An engine without a model: it says what it is told to, one step at a time, and can be slow, full or fall over.
+
+It has what the api uses of `tritium.engine.Engine`.
+"""
 
 from __future__ import annotations
 

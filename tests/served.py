@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import anthropic
 import httpx
@@ -18,11 +19,13 @@ from scripted import ScriptedEngine
 from starlette.routing import Route
 
 from tritium.api import Limits, Session
-from tritium.api.engine_core import EngineCore
 from tritium.chat import ChatFormat
 from tritium.core import Request
 from tritium.server.app import Server, listen
 from tritium.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from tritium.engine import Engine
 
 CHAT = byte_chat_format()
 EOS = CHAT.tokenizer.token_id("<|im_end|>") or 0
@@ -51,7 +54,7 @@ def scripted(script: Callable[[Request], list[int]], **options) -> ScriptedEngin
 class Served:
     url: str
     session: Session
-    engine: EngineCore
+    engine: Engine | ScriptedEngine
     model: str
     server: Server
 
@@ -98,7 +101,7 @@ def server_settings(**options) -> ServerSettings:
 
 
 @contextmanager
-def served(engine: EngineCore, chat: ChatFormat = CHAT, model: str = MODEL, **options) -> Iterator[Served]:
+def served(engine: Engine | ScriptedEngine, chat: ChatFormat = CHAT, model: str = MODEL, **options) -> Iterator[Served]:
     """Serve on a free port of 127.0.0.1 until the end of the block. `options`: of the server's settings and limits."""
     tracer = options.pop("tracer", None)
     settings = server_settings(**options)

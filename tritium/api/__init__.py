@@ -2,7 +2,6 @@
 
 from tritium.api.answer import Completion
 from tritium.api.door import ContextLengthError, Door, Message, Prompts, TextOptions
-from tritium.api.engine_core import EngineCore
 from tritium.api.gate import BusyError, Limits
 from tritium.api.llm import LLM
 from tritium.api.session import OvertimeError, Session, Sink
@@ -13,7 +12,6 @@ __all__ = [
     "Completion",
     "ContextLengthError",
     "Door",
-    "EngineCore",
     "Limits",
     "Message",
     "OvertimeError",

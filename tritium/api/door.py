@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tritium.api.answer import Answer
 from tritium.api.drive import EngineFacts
-from tritium.api.engine_core import EngineCore
 from tritium.chat import (
     AnswerFormat,
     ChatFormat,
@@ -28,6 +27,9 @@ from tritium.chat import (
 )
 from tritium.config import EngineConfig
 from tritium.core import AnswerRules, Request, RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    from tritium.engine import Engine
 
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
@@ -62,7 +64,7 @@ class TextOptions:
 class Door:
     """What the api knows about an engine without calling it: its limits, its text format, its defaults."""
 
-    def __init__(self, engine: EngineCore | EngineFacts, chat: ChatFormat, *, seed: int | None = None) -> None:
+    def __init__(self, engine: Engine | EngineFacts, chat: ChatFormat, *, seed: int | None = None) -> None:
         """`seed`: where requests without a seed get theirs from; None: the operating system."""
         self.chat = chat
         self.max_model_len = engine.max_model_len
@@ -232,7 +234,7 @@ class Door:
                 f"{budget} more", param="max_tokens", hint=f"max_tokens of at most {limit - length}")
 
 
-def load(config: EngineConfig) -> tuple[EngineCore, Door]:
+def load(config: EngineConfig) -> tuple[Engine, Door]:
     """Load the engine (heavy: reads the weights) and the text format beside it."""
     from tritium.engine import Engine
 
@@ -244,7 +246,7 @@ def load(config: EngineConfig) -> tuple[EngineCore, Door]:
     return engine, door
 
 
-def load_engine(config: EngineConfig) -> EngineCore:
+def load_engine(config: EngineConfig) -> Engine:
     """The engine alone, as a process of its own has it."""
     return load(config)[0]
 

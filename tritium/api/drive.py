@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tritium.api.engine_core import EngineCore
 from tritium.core import CacheCall, EngineDeadError, EngineStats, Request, RequestError, TokenEvent, TritiumError
 from tritium.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from tritium.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class EngineFacts:
     keeps_cache: bool
 
     @classmethod
-    def of(cls, engine: EngineCore) -> EngineFacts:
+    def of(cls, engine: Engine) -> EngineFacts:
         return cls(engine.model_config, engine.directory, engine.max_model_len, engine.max_num_seqs,
                    dict(engine.generation_defaults), engine.keeps_cache)
 
@@ -83,7 +85,7 @@ class Driver(Protocol):
         ...
 
 
-def drive(engine: EngineCore, commands: queue.SimpleQueue[Command], tell: Callable[[Report], None]) -> None:
+def drive(engine: Engine, commands: queue.SimpleQueue[Command], tell: Callable[[Report], None]) -> None:
     """Serve an engine until None is commanded, sleeping while there is nothing to do."""
     while True:
         refused: list[tuple[str, RequestError]] = []
@@ -117,7 +119,7 @@ def died(error: BaseException) -> Died:
 class EngineThread:
     """An engine in a thread of this process. It does not come back when it dies."""
 
-    def __init__(self, engine: EngineCore) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.facts = EngineFacts.of(engine)
         self._engine = engine
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()

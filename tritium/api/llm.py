@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from tritium.api.answer import Answer, Completion
 from tritium.api.door import Door, Message, Prompts, TextOptions, load
-from tritium.api.engine_core import EngineCore
 from tritium.chat import ChatFormat
 from tritium.config import EngineConfig
 from tritium.core import (
@@ -26,6 +25,9 @@ from tritium.core import (
     SamplingParams,
     TritiumError,
 )
+
+if TYPE_CHECKING:
+    from tritium.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class LLM:
         return cls(**asdict(config))
 
     @classmethod
-    def over(cls, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None) -> LLM:
+    def over(cls, engine: Engine, chat: ChatFormat, *, seed: int | None = None) -> LLM:
         """An LLM over an engine that exists."""
         llm = cls.__new__(cls)
         llm._engine, llm.door = engine, Door(engine, chat, seed=seed)

@@ -24,11 +24,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tritium.api.drive import Command, Died, EngineFacts, Report, Revived, Tell, died, drive
-from tritium.api.engine_core import EngineCore
 from tritium.core import EngineDeadError, EngineStats, TokenEvent, TritiumError
+
+if TYPE_CHECKING:
+    from tritium.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ _STATS = operator.attrgetter(*(field.name for field in fields(EngineStats)))
 class EngineProcess:
     """The driver of an engine that `load` makes in a child. `load` must be picklable; it runs again on a restart."""
 
-    def __init__(self, load: Callable[[], EngineCore]) -> None:
+    def __init__(self, load: Callable[[], Engine]) -> None:
         """Blocks until the engine is loaded. Raises what `load` raises, if it is a `TritiumError`."""
         self._load = load
         self._closing = asyncio.Event()
@@ -110,7 +112,7 @@ class EngineProcess:
 class _Child:
     """One process and the line to it."""
 
-    def __init__(self, load: Callable[[], EngineCore]) -> None:
+    def __init__(self, load: Callable[[], Engine]) -> None:
         self._socket, theirs = socket.socketpair()
         # The child finds the same modules, and none of what else the parent has open.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

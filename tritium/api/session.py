@@ -11,12 +11,11 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tritium.api.answer import Answer, merge
 from tritium.api.door import Door, Message, Prompts, TextOptions, load, load_engine, load_format
 from tritium.api.drive import Died, Driver, EngineThread, Report, Revived
-from tritium.api.engine_core import EngineCore
 from tritium.api.gate import Gate, Limits, Ticket
 from tritium.api.process import EngineProcess
 from tritium.chat import ChatFormat
@@ -31,6 +30,9 @@ from tritium.core import (
     TokenEvent,
     TritiumError,
 )
+
+if TYPE_CHECKING:
+    from tritium.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class Session:
                    limits=limits)
 
     @classmethod
-    def over(cls, engine: EngineCore, chat: ChatFormat, *, seed: int | None = None,
+    def over(cls, engine: Engine, chat: ChatFormat, *, seed: int | None = None,
              limits: Limits | None = None) -> Session:
         """A session over an engine that exists."""
         return cls(EngineThread(engine), Door(engine, chat, seed=seed), limits=limits)

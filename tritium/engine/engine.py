@@ -39,7 +39,10 @@ _MANY_THREADS_BYTES = 64 << 20
 
 
 class Engine:
-    """Requests in, `TokenEvent`s out, a step at a time."""
+    """Requests in, `TokenEvent`s out, a step at a time.
+
+    The api uses `load`, `add`, `abort`, `step`, `keep`, `stats`, `close`, `announce` and the properties below.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,9 @@ class Engine:
         self.scheduler = scheduler
         self.memory_plan = plan
         self.directory = directory
+        """Where the checkpoint's tokenizer and template are."""
         self.generation_defaults = generation_defaults
+        """The checkpoint's generation_config.json; empty where it has none."""
         self._counts = {"prompt_tokens": 0, "generated_tokens": 0, "steps": 0, "decode_rows": 0}
         self._proposed, self._accepted = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
         self._schedule_seconds = 0.0
@@ -70,6 +75,7 @@ class Engine:
         self.attested = dict(attested or {})
         """Ops that kernels serve: relative difference from their references, on this device, at the start."""
         self.announce: Callable[[], object] = lambda: None
+        """Called in a step when its tokens are known, a moment before they are given: whoever waits may get up."""
         self._policy = policy
         self._files = files
         if files is not None:
@@ -189,7 +195,8 @@ class Engine:
         self._counts["prompt_tokens"] += len(request.prompt_ids)
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request at once and gives back all it holds; False when it is not (or no longer) known."""
+        """Ends a request at once and gives back all it holds; False when it is not (or no longer) known.
+        No event follows."""
         return self.scheduler.abort(request_id)
 
     def hold_answers_with(self, constrain: Constrain) -> None:
@@ -240,10 +247,12 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
+        """Most tokens of prompt plus output in one request."""
         return self.memory_plan.max_model_len
 
     @property
     def max_num_seqs(self) -> int:
+        """Requests that run at once."""
         return self.memory_plan.num_slots
 
     @property
