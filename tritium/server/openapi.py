@@ -53,52 +53,49 @@ _KEPT = _object(name=_STRING, tokens=_INTEGER, pages=_INTEGER, checkpoints=_INTE
 _TOKENS = _object(count=_INTEGER, max_model_len=_INTEGER, tokens=_list(_INTEGER))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     method: str
     path: str
+    route: str
+    """The method of `app.Routes` that answers."""
     about: str
     answer: Mapping[str, Any] | None
     """JSON schema of the body of 200; None: plain text."""
-    route: str
-    """The method of `app.Routes` that answers."""
     request: tuple[type[BaseModel], ...] = ()
     """One of these."""
     streams: bool = False
 
 
 ENDPOINTS = (
-    Endpoint(method="POST", path="/v1/chat/completions", about="OpenAI's chat completions.", answer=_CHAT,
-             route="chat", request=(protocol.ChatRequest,), streams=True),
-    Endpoint(method="POST", path="/v1/completions", about="OpenAI's text completions.", answer=_COMPLETION,
-             route="completions", request=(protocol.CompletionRequest,), streams=True),
-    Endpoint(method="POST", path="/v1/responses", about="OpenAI's responses; nothing is stored.", answer=_RESPONSE,
-             route="responses", request=(responses.ResponsesRequest,), streams=True),
-    Endpoint(method="POST", path="/v1/messages", about="Anthropic's messages.", answer=_MESSAGE,
-             route="messages", request=(messages.MessagesRequest,), streams=True),
-    Endpoint(method="POST", path="/v1/messages/count_tokens", about="Tokens of a conversation, Anthropic's way.",
-             answer=_object(input_tokens=_INTEGER), route="count_tokens", request=(messages.CountRequest,)),
-    Endpoint(method="POST", path="/tokenize", about="Text or a conversation to token ids.", answer=_TOKENS,
-             route="tokenize", request=(protocol.TokenizePrompt, protocol.TokenizeChat)),
-    Endpoint(method="POST", path="/cache/save", about="The prefix cache, or one session of it, into a file.",
-             answer=_KEPT, route="save_cache", request=(protocol.SaveCache,)),
-    Endpoint(method="POST", path="/cache/load", about="A saved cache or session, beside what is in memory.",
-             answer=_KEPT, route="load_cache", request=(protocol.NamedCache,)),
-    Endpoint(method="POST", path="/cache/flush", about="Forgets all that no request uses; files stay.",
-             answer=_object(pages=_INTEGER, checkpoints=_INTEGER), route="flush_cache", request=(protocol.FlushCache,)),
-    Endpoint(method="POST", path="/detokenize", about="Token ids to text.", answer=_object(prompt=_STRING),
-             route="detokenize", request=(protocol.DetokenizeRequest,)),
-    Endpoint(method="GET", path="/v1/models", about="The names of the model; for Anthropic's clients in their form.",
-             answer=_object(object=_const("list"), data=_list(_CARD)), route="models"),
-    Endpoint(method="GET", path="/v1/models/{name}", about="One of them.", answer=_CARD, route="model"),
-    Endpoint(method="GET", path="/health", about="200 when requests are served, 503 when not. Needs no key.",
-             answer=_object(status={"enum": ["ok", "draining", "dead"]}), route="health"),
-    Endpoint(method="GET", path="/metrics", about="Numbers in Prometheus' text format.", answer=None,
-             route="metrics_page"),
-    Endpoint(method="GET", path="/version", about="The version of Tritium.",
-             answer=_object(version=_STRING), route="version"),
-    Endpoint(method="GET", path="/openapi.json", about="This list as an OpenAPI document.",
-             answer={"type": "object"}, route="openapi"),
+    Endpoint("POST", "/v1/chat/completions", "chat", "OpenAI's chat completions.",
+             _CHAT, (protocol.ChatRequest,), streams=True),
+    Endpoint("POST", "/v1/completions", "completions", "OpenAI's text completions.",
+             _COMPLETION, (protocol.CompletionRequest,), streams=True),
+    Endpoint("POST", "/v1/responses", "responses", "OpenAI's responses; nothing is stored.",
+             _RESPONSE, (responses.ResponsesRequest,), streams=True),
+    Endpoint("POST", "/v1/messages", "messages", "Anthropic's messages.",
+             _MESSAGE, (messages.MessagesRequest,), streams=True),
+    Endpoint("POST", "/v1/messages/count_tokens", "count_tokens", "Tokens of a conversation, Anthropic's way.",
+             _object(input_tokens=_INTEGER), (messages.CountRequest,)),
+    Endpoint("POST", "/tokenize", "tokenize", "Text or a conversation to token ids.",
+             _TOKENS, (protocol.TokenizePrompt, protocol.TokenizeChat)),
+    Endpoint("POST", "/cache/save", "save_cache", "The prefix cache, or one session of it, into a file.",
+             _KEPT, (protocol.SaveCache,)),
+    Endpoint("POST", "/cache/load", "load_cache", "A saved cache or session, beside what is in memory.",
+             _KEPT, (protocol.NamedCache,)),
+    Endpoint("POST", "/cache/flush", "flush_cache", "Forgets all that no request uses; files stay.",
+             _object(pages=_INTEGER, checkpoints=_INTEGER), (protocol.FlushCache,)),
+    Endpoint("POST", "/detokenize", "detokenize", "Token ids to text.",
+             _object(prompt=_STRING), (protocol.DetokenizeRequest,)),
+    Endpoint("GET", "/v1/models", "models", "The names of the model; for Anthropic's clients in their form.",
+             _object(object=_const("list"), data=_list(_CARD))),
+    Endpoint("GET", "/v1/models/{name}", "model", "One of them.", _CARD),
+    Endpoint("GET", "/health", "health", "200 when requests are served, 503 when not. Needs no key.",
+             _object(status={"enum": ["ok", "draining", "dead"]})),
+    Endpoint("GET", "/metrics", "metrics_page", "Numbers in Prometheus' text format.", None),
+    Endpoint("GET", "/version", "version", "The version of Tritium.", _object(version=_STRING)),
+    Endpoint("GET", "/openapi.json", "openapi", "This list as an OpenAPI document.", {"type": "object"}),
 )
 
 _PART = _object(type=_const("text"), text=_STRING)
