@@ -15,7 +15,7 @@ from tritium.chat.tokenizer import check_text
 from tritium.core import Event, FinishReason, RequestError
 from tritium.server.blocks import Piece, blocks, join_text, pieces, sse
 from tritium.server.convert import function_call
-from tritium.server.protocol import Strict
+from tritium.server.protocol import ModelRequest, Strict
 from tritium.server.writers import Tally
 
 _SIGNATURE = "unsigned"
@@ -36,10 +36,9 @@ class OutputConfig(Strict):
     """{"type": "json_schema", "schema": ...}: what the answer must be."""
 
 
-class CountRequest(Strict):
+class CountRequest(ModelRequest):
     """What /v1/messages/count_tokens reads."""
 
-    model: str | None = None
     messages: list[Any]
     system: Any = None
     """A string or a list of text blocks."""

@@ -27,10 +27,13 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class SamplingFields(Strict):
+class ModelRequest(Strict):
+    model: str | None = None
+
+
+class SamplingFields(ModelRequest):
     """Fields that chat and text completions share. None: not given, so the checkpoint's default holds."""
 
-    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -98,15 +101,13 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool = True
 
 
-class TokenizePrompt(Strict):
-    model: str | None = None
+class TokenizePrompt(ModelRequest):
     prompt: str
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
-class TokenizeChat(Conversation):
-    model: str | None = None
+class TokenizeChat(Conversation, ModelRequest):
     add_special_tokens: Literal[False] = False
     return_token_strs: bool = False
 
@@ -130,8 +131,7 @@ class FlushCache(Strict):
     pass
 
 
-class DetokenizeRequest(Strict):
-    model: str | None = None
+class DetokenizeRequest(ModelRequest):
     tokens: list[int]
 
 

@@ -15,7 +15,7 @@ from tritium.chat.tokenizer import check_text
 from tritium.core import Event, FinishReason, RequestError
 from tritium.server.blocks import Piece, blocks, join_text, pieces, sse
 from tritium.server.convert import function_call
-from tritium.server.protocol import StreamOptions, Strict
+from tritium.server.protocol import ModelRequest, StreamOptions, Strict
 from tritium.server.writers import Tally
 
 _TEXTS = ("input_text", "output_text", "text")
@@ -32,8 +32,7 @@ class TextConfig(Strict):
     verbosity: Literal["medium"] | None = None
 
 
-class ResponsesRequest(Strict):
-    model: str | None = None
+class ResponsesRequest(ModelRequest):
     input: Any
     """A string or a list of items."""
     instructions: str | None = None
