@@ -60,10 +60,9 @@ class Session:
     others.
     """
 
-    def __init__(self, driver: Driver, door: Door, *, limits: Limits | None = None,
-                 observer: Observer | None = None) -> None:
+    def __init__(self, driver: Driver, door: Door, *, limits: Limits | None = None) -> None:
         self.door = door
-        self.observer = observer
+        self.observer: Observer | None = None
         self.restarts = 0
         self.gate = Gate(driver.facts.max_num_seqs, limits)
         self._driver = driver

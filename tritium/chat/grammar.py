@@ -207,10 +207,9 @@ class _Function:
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
         found = [f"/(?s:.{{{least},{most}}})/"] if least or most != "" else []
         if isinstance(pattern := schema.get("pattern"), str):
-            body = pattern if pattern.startswith("^") else f"(?s:.*)({pattern}"
-            body = body.removeprefix("^") + ("" if pattern.startswith("^") else ")")
-            anchored = body.removesuffix("$") if pattern.startswith("^") and pattern.endswith("$") else None
-            found.append(f"/{regex_to_lark(f'({anchored})' if anchored is not None else f'({body})(?s:.*)')}/")
+            begins = pattern.startswith("^")
+            body = f"({pattern[1:].removesuffix('$')})" if begins else f"(?s:.*)({pattern})"
+            found.append(f"/{regex_to_lark(body + ('' if begins and pattern.endswith('$') else '(?s:.*)'))}/")
         form = schema.get("format")
         if form in _FORMATS:
             found.append(f"/{regex_to_lark(_FORMATS[form])}/")
