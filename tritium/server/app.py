@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import gc
 import logging
 import os
@@ -229,10 +230,7 @@ class Routes:
 
     def _answer(self, events: AsyncGenerator[Event, None], pen: Pen, request: Request, *, stream: bool | None
                 ) -> Response:
-        scope = request.scope
-        if stream:
-            return Answered(lambda send: self._stream(events, pen, scope, send))
-        return Answered(lambda send: _whole(events, pen.writer, scope, send))
+        return Answered(functools.partial(self._stream if stream else _whole, events, pen, request.scope))
 
     async def _stream(self, events: AsyncGenerator[Event, None], pen: Pen, scope: Scope, send: Send) -> None:
         """Server-sent events. The status waits for the first event, so that what is refused is refused with 400."""
@@ -328,14 +326,14 @@ class Pen:
         _note_times(event, self._scope)
 
 
-async def _whole(events: AsyncGenerator[Event, None], writer: Writer, scope: Scope, send: Send) -> None:
+async def _whole(events: AsyncGenerator[Event, None], pen: Pen, scope: Scope, send: Send) -> None:
     completions: dict[int, Completion] = {}
     async with aclosing(events):
         async for event in events:
             completions.setdefault(event.index, Completion(event.index, [])).absorb(event)
             _note_times(event, scope)
-    body = convert.dumps(writer.whole([completions[index] for index in sorted(completions)])).encode()
-    caller_of(scope).notes |= writer.tally.notes()
+    body = convert.dumps(pen.writer.whole([completions[index] for index in sorted(completions)])).encode()
+    caller_of(scope).notes |= pen.writer.tally.notes()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
