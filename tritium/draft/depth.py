@@ -107,22 +107,15 @@ class DepthPolicy:
         self._depths, self._batch_depth = depths, max(depths.values())
 
     def _acceptance(self, request_id: str) -> Acceptance:
-        found = self._requests.get(request_id)
-        if found is None:
-            found = Acceptance(self._overall.rates(), _PRIOR_TRIALS, fade=_FADE_TRIALS)
-            self._requests[request_id] = found
-        return found
+        if request_id not in self._requests:
+            self._requests[request_id] = Acceptance(self._overall.rates(), _PRIOR_TRIALS, fade=_FADE_TRIALS)
+        return self._requests[request_id]
 
     def _chosen(self, rows: Sequence[RowPlan], seconds: float) -> dict[str, int]:
         """Each row's depth in the batch that `rows` are, which takes `seconds` without any drafts."""
-        likeliest_first = sorted(
-            (
-                (-chance, row.request_id, k)
-                for row in rows
-                for k, chance in enumerate(accumulate(self._acceptance(row.request_id).rates(), mul), 1)
-            ),
-            key=itemgetter(0),
-        )
+        chances = ((-chance, row.request_id, k) for row in rows
+                   for k, chance in enumerate(accumulate(self._acceptance(row.request_id).rates(), mul), 1))
+        likeliest_first = sorted(chances, key=itemgetter(0))
         depths = dict.fromkeys((row.request_id for row in rows), 0)
         tokens, seconds = float(len(rows)), max(seconds, 1e-9)
         best_rate, best, passes = _MARGIN * tokens / seconds, 0, 0

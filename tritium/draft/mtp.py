@@ -54,14 +54,9 @@ def propose(
 
     def part(which: Sequence[int], lengths: Sequence[int], contexts: Sequence[int]) -> Spans:
         back = [max(0, at // PAGE_TOKENS * PAGE_TOKENS - HEAD_TOKENS) for at in contexts]
-        return Spans(
-            tuple(lengths),
-            tuple(contexts),
-            tuple(spans.slots[i] for i in which),
-            tuple(spans.pages[i] for i in which),
-            spans.device,
-            since=tuple(max(rows[i].head_since, first) for i, first in zip(which, back, strict=True)),
-        )
+        slots, pages = zip(*((spans.slots[i], spans.pages[i]) for i in which))
+        return Spans(tuple(lengths), tuple(contexts), slots, pages, spans.device,
+                     since=tuple(max(rows[i].head_since, first) for i, first in zip(which, back, strict=True)))
 
     head = part(followed, list(stay.values()), [spans.contexts[i] for i in followed])
     hidden_TH = hidden_TH[spans.tensor(places)] if len(places) < len(hidden_TH) else hidden_TH
@@ -75,11 +70,8 @@ def propose(
             out[i] += (0 if token is None else token,)
         # The next guess needs a place for the key and value of this one; where a row's pages end, guessing ends.
         at = {i: spans.contexts[i] + stay[i] + len(out[i]) - 1 for i in going}
-        on = [
-            k
-            for k, i in enumerate(going)
-            if len(out[i]) < rows[i].want_drafts and at[i] < PAGE_TOKENS * len(rows[i].pages)
-        ]
+        on = [k for k, i in enumerate(going)
+              if len(out[i]) < rows[i].want_drafts and at[i] < PAGE_TOKENS * len(rows[i].pages)]
         if not on:
             break
         hidden_RH, going = hidden_RH[on], [going[k] for k in on]
