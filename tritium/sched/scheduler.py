@@ -232,13 +232,13 @@ class Scheduler:
         # The last token is sampled but never computed, so it needs no place.
         if pages_for(total - 1) > self._pages.num_total:
             most = self._pages.num_total * PAGE_TOKENS + 1
+            param, change = "prompt", "shorten the prompt"
+            if prompt < most:
+                param, change = "max_tokens", f"ask for max_tokens of at most {most - prompt}"
             raise RequestError(
                 f"prompt ({prompt}) plus output come to {total} tokens, but the KV pool holds {most} of a request",
-                param="max_tokens" if prompt < most else "prompt",
-                hint=f"ask for max_tokens of at most {most - prompt}, or raise --num-gpu-blocks-override"
-                if prompt < most
-                else "shorten the prompt, or raise --num-gpu-blocks-override",
-            )
+                param=param, hint=f"{change}, or raise --num-gpu-blocks-override",
+            )  # fmt: skip
         return total
 
     def _admit(self) -> Request | None:
