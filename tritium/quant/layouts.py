@@ -40,16 +40,12 @@ def _numbers(bits: int, kind: str, **more: Any) -> dict[str, Any]:
 
 
 _COMPRESSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, Layout]] = {
-    "int-quantized": (
-        _numbers(8, "int", strategy="channel"), _numbers(8, "int", strategy="token", dynamic=True), Layout("int8")
-    ),
-    "float-quantized": (
-        _numbers(8, "float", strategy="channel"), _numbers(8, "float", strategy="token", dynamic=True), Layout("fp8")
-    ),
-    "pack-quantized": (
-        _numbers(4, "int", strategy="group", group_size=128), None,
-        Layout("int4", values="_packed", beside=("_shape",)),
-    ),
+    "int-quantized": (_numbers(8, "int", strategy="channel"), _numbers(8, "int", strategy="token", dynamic=True),
+                      Layout("int8")),
+    "float-quantized": (_numbers(8, "float", strategy="channel"), _numbers(8, "float", strategy="token", dynamic=True),
+                        Layout("fp8")),
+    "pack-quantized": (_numbers(4, "int", strategy="group", group_size=128), None,
+                       Layout("int4", values="_packed", beside=("_shape",))),
 }  # fmt: skip
 """Format: what it must say of weights and activations."""
 
@@ -92,9 +88,8 @@ def _compressed(told: Mapping[str, Any]) -> Layout:
     if kind not in _COMPRESSED or not groups:
         raise _refused(f"compressed-tensors, format {kind}")
     weights, activations, layout = _COMPRESSED[kind]
-    wrong = _differences(
-        told, {"kv_cache_scheme": None, "quantization_status": told.get("quantization_status") and "compressed"}
-    )
+    status = told.get("quantization_status") and "compressed"
+    wrong = _differences(told, {"kv_cache_scheme": None, "quantization_status": status})
     if (told.get("sparsity_config") or {}).get("format", "dense") != "dense":
         wrong += " sparsity_config"
     for group in groups.values():
