@@ -7,16 +7,6 @@ from tritium.api.llm import LLM
 from tritium.api.session import OvertimeError, Session, Sink
 
 __all__ = [
-    "LLM",
-    "BusyError",
-    "Completion",
-    "ContextLengthError",
-    "Door",
-    "Limits",
-    "Message",
-    "OvertimeError",
-    "Prompts",
-    "Session",
-    "Sink",
-    "TextOptions",
-]
+    "LLM", "BusyError", "Completion", "ContextLengthError", "Door", "Limits", "Message", "OvertimeError", "Prompts",
+    "Session", "Sink", "TextOptions",
+]  # fmt: skip

@@ -4,13 +4,5 @@ from tritium.cache.pools import PagePool, SlotPool, pages_for
 from tritium.cache.prefix import Checkpoint, Lease, Match, Node, PrefixCache, common_prefix
 
 __all__ = [
-    "Checkpoint",
-    "Lease",
-    "Match",
-    "Node",
-    "PagePool",
-    "PrefixCache",
-    "SlotPool",
-    "common_prefix",
-    "pages_for",
-]
+    "Checkpoint", "Lease", "Match", "Node", "PagePool", "PrefixCache", "SlotPool", "common_prefix", "pages_for",
+]  # fmt: skip

@@ -9,16 +9,6 @@ from tritium.chat.stream import TextDelta, TextStream
 from tritium.chat.written import Written
 
 __all__ = [
-    "AnswerFormat",
-    "ChatFormat",
-    "Grammars",
-    "TextDelta",
-    "TextStream",
-    "ToolRules",
-    "Written",
-    "answer_grammar",
-    "check_tools",
-    "ends_in_think",
-    "images_in",
-    "load_chat",
-]
+    "AnswerFormat", "ChatFormat", "Grammars", "TextDelta", "TextStream", "ToolRules", "Written", "answer_grammar",
+    "check_tools", "ends_in_think", "images_in", "load_chat",
+]  # fmt: skip
