@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tritium.core import CacheCall, EngineDeadError, EngineStats, Request, RequestError, TokenEvent, TritiumError
 from tritium.models.config import ModelConfig
@@ -69,22 +69,6 @@ class Revived:
 Tell = Callable[[Report | Died | Revived], None]
 
 
-class Driver(Protocol):
-    """An engine that runs elsewhere. `tell` is called on the event loop that it was started on, in order."""
-
-    facts: EngineFacts
-
-    def start(self, tell: Tell) -> None: ...
-
-    def send(self, command: Command) -> None:
-        """Never blocks. What is sent to an engine that died is lost: `Died` is told in any case."""
-        ...
-
-    async def close(self) -> None:
-        """Stop the engine, and wait until it is gone."""
-        ...
-
-
 def drive(engine: Engine, commands: queue.SimpleQueue[Command], tell: Callable[[Report], None]) -> None:
     """Serve an engine until None is commanded, sleeping while there is nothing to do."""
     while True:
@@ -126,6 +110,7 @@ class EngineThread:
         self._thread: threading.Thread | None = None
 
     def start(self, tell: Tell) -> None:
+        """`tell` is called on the event loop that this is called on, in order."""
         loop = asyncio.get_running_loop()
 
         def pass_on(told: Report | Died) -> None:
@@ -138,9 +123,11 @@ class EngineThread:
         self._thread.start()
 
     def send(self, command: Command) -> None:
+        """Never blocks. What is sent to an engine that died is lost: `Died` is told in any case."""
         self._commands.put(command)
 
     async def close(self) -> None:
+        """Stop the engine, and wait until it is gone."""
         if self._thread is None:
             self._engine.close()
             return

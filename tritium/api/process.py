@@ -46,7 +46,8 @@ _STATS = operator.attrgetter(*(field.name for field in fields(EngineStats)))
 
 
 class EngineProcess:
-    """The driver of an engine that `load` makes in a child. `load` must be picklable; it runs again on a restart."""
+    """An engine that `load` makes in a child, driven as by `EngineThread`. `load` must be picklable; it runs again on a
+    restart."""
 
     def __init__(self, load: Callable[[], Engine]) -> None:
         """Blocks until the engine is loaded. Raises what `load` raises, if it is a `TritiumError`."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tritium.api.answer import Answer, merge
 from tritium.api.door import Door, Message, Prompts, TextOptions, load, load_engine, load_format
-from tritium.api.drive import Died, Driver, EngineThread, Report, Revived
+from tritium.api.drive import Died, EngineThread, Report, Revived
 from tritium.api.gate import Gate, Limits, Ticket
 from tritium.api.process import EngineProcess
 from tritium.chat import ChatFormat
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Driver = EngineThread | EngineProcess
 Observer = Callable[[FinishReason, Event | None], None]
 """Told of the end of every choice: why, and its last event (None when it was aborted or the engine died)."""
 
