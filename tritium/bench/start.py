@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from tritium.config import EngineConfig
@@ -80,9 +80,7 @@ def main() -> None:
 
 def _watched(place: str, name: str, settle: Callable[[], None]) -> list[float]:
     """Seconds of each call of a function that is looked up by `name` when it is called."""
-    module, _, of = place.partition(":")
-    owner = import_module(module)
-    owner = getattr(owner, of) if of else owner
+    owner = resolve_name(place)
     called, seconds = getattr(owner, name), list[float]()
 
     def timed(*arguments: Any, **options: Any) -> Any:
