@@ -13,13 +13,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "tritium.api",
-    "Session": "tritium.api",
-    "Completion": "tritium.api",
+    **dict.fromkeys(("LLM", "Completion", "Session"), "tritium.api"),
     "EngineConfig": "tritium.config",
-    "Event": "tritium.core",
-    "SamplingParams": "tritium.core",
-    "TritiumError": "tritium.core",
+    **dict.fromkeys(("Event", "SamplingParams", "TritiumError"), "tritium.core"),
 }
 """Public names, imported when first asked for, so that `import tritium` is quick."""
 
