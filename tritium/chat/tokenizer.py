@@ -83,9 +83,6 @@ def check_text(text: object, param: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{param} has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}",
-            param=param,
-            hint="send valid Unicode",
-        ) from None
+        lone = f"{param} has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}"
+        raise RequestError(lone, param=param, hint="send valid Unicode") from None
     return text

@@ -134,9 +134,8 @@ class Speculation:
         for part in text.split(","):
             kind, _, depth = part.strip().partition(":")
             if kind not in ("mtp", "ngram") or kind in depths or not depth.isdecimal():
-                raise ConfigError(
-                    f"--speculate {text} is not understood", hint="none, auto, mtp:K, ngram:K, or mtp:K,ngram:K"
-                )
+                raise ConfigError(f"--speculate {text} is not understood",
+                                  hint="none, auto, mtp:K, ngram:K, or mtp:K,ngram:K")
             if not 1 <= int(depth) <= MAX_DRAFTS:
                 raise ConfigError(f"--speculate {text}: K must be within 1 to {MAX_DRAFTS}")
             depths[kind] = int(depth)

@@ -309,9 +309,8 @@ def _speculation(config: EngineConfig, has_head: bool) -> tuple[Speculation, Pro
     """What is asked for, as far as the checkpoint can; auto means nothing where there is no MTP head."""
     asked = Speculation.parse(config.speculate)
     if asked.mtp and not has_head and not asked.adaptive:
-        raise ConfigError(
-            f"--speculate {config.speculate}: this checkpoint has no MTP head", hint="ngram:K, auto or none"
-        )
+        raise ConfigError(f"--speculate {config.speculate}: this checkpoint has no MTP head",
+                          hint="ngram:K, auto or none")
     asked = asked.possible(has_head)
     head, ngram = HeadProposer() if asked.mtp else None, NgramProposer() if asked.ngram else None
     return asked, ChainedProposer(head, ngram) if head and ngram else head or ngram
