@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from tritium.chat.tokenizer import check_text
@@ -39,9 +39,8 @@ def check_tools(tools: object) -> list[dict[str, Any]]:
         return []
     if not is_list(tools):
         raise RequestError("tools must be a list", param="tools")
-    for i, tool in enumerate(tools):
-        where = f"tools[{i}]"
-        function = as_object(as_object(tool, where).get("function"), f"{where}.function")
+    for where, tool in objects(tools, "tools"):
+        function = as_object(tool.get("function"), f"{where}.function")
         if tool.get("type", "function") != "function":
             raise RequestError(f"{where}.type must be function, got {tool['type']!r}", param=f"{where}.type")
         if not check_text(function.get("name"), f"{where}.function.name"):
@@ -108,9 +107,7 @@ def _content(content: object, where: str) -> str | list[dict[str, Any]]:
             raise RequestError(f"{where} must be a string or a list of parts, got {got}", param=where)
         return check_text(content, where)
     parts = []
-    for i, part in enumerate(content):
-        at = f"{where}[{i}]"
-        part = as_object(part, at)
+    for at, part in objects(content, where):
         kind = part.get("type")
         if kind == "text":
             check_text(part.get("text"), f"{at}.text")
@@ -126,9 +123,8 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
     if not is_list(calls):
         raise RequestError(f"{where} must be a list", param=where)
     result = []
-    for i, call in enumerate(calls):
-        at = f"{where}[{i}]"
-        function = as_object(as_object(call, at).get("function"), f"{at}.function")
+    for at, call in objects(calls, where):
+        function = as_object(call.get("function"), f"{at}.function")
         check_text(function.get("name"), f"{at}.function.name")
         arguments = _call_arguments(function.get("arguments"), f"{at}.function.arguments")
         result.append({**call, "function": {**function, "arguments": arguments}})
@@ -150,6 +146,12 @@ def as_object(value: object, where: str) -> Mapping[str, Any]:
         what = "is missing" if value is None else f"must be an object, got {type(value).__name__}"
         raise RequestError(f"{where} {what}", param=where)
     return value
+
+
+def objects(values: Sequence[Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each object of a list, and where it stands."""
+    for i, value in enumerate(values):
+        yield f"{where}[{i}]", as_object(value, f"{where}[{i}]")
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tritium.api import Completion
-from tritium.chat.messages import as_object, is_list
+from tritium.chat.messages import is_list, objects
 from tritium.chat.tokenizer import check_text
 from tritium.core import Event, RequestError
 from tritium.server.convert import dumps
@@ -52,9 +52,8 @@ def join_text(content: object, where: str, kinds: Sequence[str]) -> str:
     if not is_list(content):
         raise RequestError(f"{where} must be a string or a list of blocks", param=where)
     texts = []
-    for i, block in enumerate(content):
-        at = f"{where}[{i}]"
-        if as_object(block, at).get("type") not in kinds:
+    for at, block in objects(content, where):
+        if block.get("type") not in kinds:
             raise RequestError(f"{at}.type must be {' or '.join(kinds)}, got {block.get('type')!r:.50}",
                                param=f"{at}.type")
         texts.append(check_text(block.get("text"), f"{at}.text"))

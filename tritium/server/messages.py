@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tritium.api import Completion
-from tritium.chat.messages import as_object, is_list
+from tritium.chat.messages import as_object, is_list, objects
 from tritium.chat.tokenizer import check_text
 from tritium.core import Event, FinishReason, RequestError
 from tritium.server.blocks import Piece, blocks, join_text, pieces, sse
@@ -67,7 +67,7 @@ def chat_fields(request: CountRequest) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "model": request.model,
         "messages": _messages(request),
-        "tools": None if request.tools is None else [_tool(t, f"tools[{i}]") for i, t in enumerate(request.tools)],
+        "tools": None if request.tools is None else [_tool(tool, at) for at, tool in objects(request.tools, "tools")],
         "chat_template_kwargs": {"enable_thinking": thinking},
     }
     fields |= _choice(request.tool_choice)
@@ -89,9 +89,8 @@ def chat_fields(request: CountRequest) -> dict[str, Any]:
 def _messages(request: CountRequest) -> list[dict[str, Any]]:
     system = join_text(request.system, "system", ("text",))
     out: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    for i, message in enumerate(request.messages):
-        at = f"messages[{i}]"
-        role, content = as_object(message, at).get("role"), message.get("content")
+    for at, message in objects(request.messages, "messages"):
+        role, content = message.get("role"), message.get("content")
         if unknown := message.keys() - {"role", "content"}:
             raise RequestError(f"unknown field: {at}.{min(unknown)}", param=f"{at}.{min(unknown)}")
         if role not in ("user", "assistant", "system"):
@@ -111,9 +110,8 @@ def _messages(request: CountRequest) -> list[dict[str, Any]]:
 
 def _user(role: str, content: Sequence[Any], where: str) -> list[dict[str, Any]]:
     results, parts = [], []
-    for i, block in enumerate(content):
-        at = f"{where}[{i}]"
-        kind = as_object(block, at).get("type")
+    for at, block in objects(content, where):
+        kind = block.get("type")
         if kind == "tool_result":
             text = join_text(block.get("content"), f"{at}.content", ("text",))
             results.append({"role": "tool", "content": text,
@@ -130,9 +128,8 @@ def _user(role: str, content: Sequence[Any], where: str) -> list[dict[str, Any]]
 
 def _assistant(content: Sequence[Any], where: str) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": ""}
-    for i, block in enumerate(content):
-        at = f"{where}[{i}]"
-        kind = as_object(block, at).get("type")
+    for at, block in objects(content, where):
+        kind = block.get("type")
         if kind == "text":
             message["content"] += check_text(block.get("text"), f"{at}.text")
         elif kind == "thinking":
@@ -147,8 +144,7 @@ def _assistant(content: Sequence[Any], where: str) -> dict[str, Any]:
     return message
 
 
-def _tool(tool: object, at: str) -> dict[str, Any]:
-    given = as_object(tool, at)
+def _tool(given: Mapping[str, Any], at: str) -> dict[str, Any]:
     if given.get("type") not in (None, "custom"):
         raise RequestError(f"{at}.type {given['type']!r:.50} is not supported (only 'custom' is)", param=f"{at}.type")
     function = {"name": given.get("name"), "description": given.get("description"),

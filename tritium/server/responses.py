@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tritium.api import Completion
-from tritium.chat.messages import as_object
+from tritium.chat.messages import as_object, objects
 from tritium.chat.tokenizer import check_text
 from tritium.core import Event, FinishReason, RequestError
 from tritium.server.blocks import Piece, blocks, join_text, pieces, sse
@@ -70,7 +70,7 @@ def chat_fields(request: ResponsesRequest) -> dict[str, Any]:
         "model", "temperature", "top_p", "stream", "parallel_tool_calls")}
     fields |= {"messages": _messages(request), "max_tokens": request.max_output_tokens}
     if request.tools is not None:
-        fields["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools)] or None
+        fields["tools"] = [_tool(tool, at) for at, tool in objects(request.tools, "tools")] or None
     choice = request.tool_choice
     fields["tool_choice"] = choice
     if isinstance(choice, dict) and choice.get("type") == "function":
@@ -93,8 +93,8 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
     items = [{"role": "user", "content": request.input}] if isinstance(request.input, str) else request.input
     if not isinstance(items, list):
         raise RequestError("input must be a string or a list of items", param="input")
-    for i, item in enumerate(items):
-        _take(out, as_object(item, f"input[{i}]"), f"input[{i}]")
+    for at, item in objects(items, "input"):
+        _take(out, item, at)
     return out
 
 
@@ -130,8 +130,7 @@ def _turn(out: list[dict[str, Any]]) -> dict[str, Any]:
     return out[-1]
 
 
-def _tool(tool: object, at: str) -> dict[str, Any]:
-    given = as_object(tool, at)
+def _tool(given: Mapping[str, Any], at: str) -> dict[str, Any]:
     if given.get("type") != "function":
         raise RequestError(f"{at}.type {given.get('type')!r:.50} is not supported (only 'function' is)",
                            param=f"{at}.type")
