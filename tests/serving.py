@@ -41,7 +41,7 @@ def assemble(
     return Engine(
         engine.runner,
         Scheduler(limits, page_pool, slots, cache=cache, proposer=proposer, depth=depth),
-        plan=engine.memory_plan,
+        memory_plan=engine.memory_plan,
         directory=Path(),
         generation_defaults={},
         ahead=ahead,

@@ -232,8 +232,8 @@ class World:
         of = policy.depth if proposer == "auto" else lambda request: most or (rng.randrange(5) if guesses else 0)
         budget = {"staggered": rng.choice((64, 100, 200)), "chunks": rng.randint(5, 64)}.get(batching, 512)
         loop = assemble(self.engine, budget=budget, proposer=guesses, depth=of, ahead=ahead, **options)  # type: ignore[arg-type]
-        loop._files = self.engine._files
-        loop._policy = policy if proposer == "auto" else None
+        loop.files = self.engine.files
+        loop.policy = policy if proposer == "auto" else None
         planned = loop.scheduler.plan_next
 
         def counted(plan):

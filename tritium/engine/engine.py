@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,48 +39,38 @@ log = logging.getLogger(__name__)
 _MANY_THREADS_BYTES = 64 << 20
 
 
+@dataclass(eq=False, repr=False)
 class Engine:
     """Requests in, `TokenEvent`s out, a step at a time.
 
     The api uses `load`, `add`, `abort`, `step`, `keep`, `stats`, `close`, `announce` and the properties below.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        scheduler: Scheduler,
-        *,
-        plan: MemoryPlan,
-        directory: Path,
-        generation_defaults: Mapping[str, Any],
-        policy: DepthPolicy | None = None,
-        files: CacheFiles | None = None,
-        ahead: bool | None = None,
-        attested: Mapping[str, float] | None = None,
-    ) -> None:
-        """`ahead`: as `EngineConfig.async_scheduling`."""
-        self.runner = runner
-        self.scheduler = scheduler
-        self.memory_plan = plan
-        self.directory = directory
-        """Where the checkpoint's tokenizer and template are."""
-        self.generation_defaults = generation_defaults
-        """The checkpoint's generation_config.json; empty where it has none."""
+    runner: Runner
+    scheduler: Scheduler
+    memory_plan: MemoryPlan
+    directory: Path
+    """Where the checkpoint's tokenizer and template are."""
+    generation_defaults: Mapping[str, Any]
+    """The checkpoint's generation_config.json; empty where it has none."""
+    policy: DepthPolicy | None = None
+    files: CacheFiles | None = None
+    ahead: bool | None = None
+    """As `EngineConfig.async_scheduling`."""
+    attested: Mapping[str, float] = field(default_factory=dict)
+    """Ops that kernels serve: relative difference from their references, on this device, at the start."""
+    announce: Callable[[], object] = lambda: None
+    """Called in a step when its tokens are known, a moment before they are given: whoever waits may get up."""
+
+    def __post_init__(self) -> None:
         self._counts = {"prompt_tokens": 0, "generated_tokens": 0, "steps": 0, "decode_rows": 0}
         self._proposed, self._accepted = [0] * MAX_DRAFTS, [0] * MAX_DRAFTS
         self._schedule_seconds = 0.0
-        self._ahead = ahead
         self._following: Flight | None = None
         self._began = 0.0
         """When the step under way began: its launch, or the end of the one before."""
-        self.attested = dict(attested or {})
-        """Ops that kernels serve: relative difference from their references, on this device, at the start."""
-        self.announce: Callable[[], object] = lambda: None
-        """Called in a step when its tokens are known, a moment before they are given: whoever waits may get up."""
-        self._policy = policy
-        self._files = files
-        if files is not None:
-            self._restore(files)
+        if self.files is not None:
+            self._restore(self.files)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -140,7 +131,7 @@ class Engine:
         return cls(
             runner,
             Scheduler(limits, pages, slots, cache=cache, proposer=policy or proposer, depth=depth),
-            plan=plan,
+            memory_plan=plan,
             directory=directory,
             generation_defaults=read_json(generation) if generation.exists() else {},
             policy=policy,
@@ -160,16 +151,16 @@ class Engine:
         flight, self._following = self._following or self._launched(self._planned(self.scheduler.plan)), None
         if flight is None:
             return []
-        if flight.under_way if self._ahead is None else self._ahead:
+        if flight.under_way if self.ahead is None else self.ahead:
             following = self._planned(lambda: self.scheduler.plan_next(flight.plan))
             self._following = self._launched(following, after=flight)
         begin, head_seconds = self._began, self.runner.seconds["draft"]
         result = flight.result()
         self.announce()
         self._began = time.perf_counter()
-        if self._policy:
+        if self.policy:
             head_seconds = self.runner.seconds["draft"] - head_seconds
-            self._policy.observe(flight.plan, result, self._began - begin, head_seconds)
+            self.policy.observe(flight.plan, result, self._began - begin, head_seconds)
         events = self.scheduler.commit(flight.plan, result)
         self._count(events)
         self._schedule_seconds += time.perf_counter() - self._began
@@ -217,13 +208,13 @@ class Engine:
             cache.flush()
             after = cache.num_pages, cache.num_checkpoints + cache.num_hosted
             return {"pages": before[0] - after[0], "checkpoints": before[1] - after[1]}
-        if self._files is None:
+        if self.files is None:
             raise RequestError("caches are neither saved nor loaded here", hint="start with --cache-dir")
         begin, name = time.perf_counter(), call.name or DEFAULT_NAME
         if call.action == "save":
-            done = self._files.save(name, cache, self.runner, call.ids)
+            done = self.files.save(name, cache, self.runner, call.ids)
         else:
-            done = self._files.load(name, cache, self.runner)
+            done = self.files.load(name, cache, self.runner)
         return done | {"seconds": round(time.perf_counter() - begin, 3)}
 
     def _restore(self, files: CacheFiles) -> None:
@@ -258,7 +249,7 @@ class Engine:
     @property
     def keeps_cache(self) -> bool:
         """Whether the prefix cache is to be saved at the end."""
-        return self._files is not None
+        return self.files is not None
 
     @property
     def has_work(self) -> bool:
@@ -283,7 +274,7 @@ class Engine:
             **self._counts,
             draft_proposed=tuple(self._proposed),
             draft_accepted=tuple(self._accepted),
-            draft_seconds_saved=self._policy.seconds_saved if self._policy else 0.0,
+            draft_seconds_saved=self.policy.seconds_saved if self.policy else 0.0,
             forced_acceptance=self.runner.force_acceptance,
             seconds={"schedule": self._schedule_seconds, **self.runner.seconds},
         )
