@@ -28,17 +28,8 @@ import tritium
 from tritium.api import Completion, Session
 from tritium.config import EngineConfig
 from tritium.core import ConfigError, Event, RequestError, TritiumError
-from tritium.server import convert, messages, openapi, protocol, responses
+from tritium.server import convert, errors, messages, openapi, protocol, responses
 from tritium.server.convert import ChatShape, CompletionShape
-from tritium.server.errors import (
-    BodyTooLargeError,
-    SlowBodyError,
-    UnknownModelError,
-    code_of,
-    error_event,
-    error_response,
-    status_of,
-)
 from tritium.server.guard import Guard, PatientProtocol, caller_of, stamp
 from tritium.server.metrics import Metrics
 from tritium.server.settings import ServerSettings
@@ -219,14 +210,14 @@ class Routes:
                 said += f" ({near[0]} is)"
             error = HTTPException(error.status_code, said, error.headers)
         self._note_error(error, request.scope)
-        return error_response(error, request.scope)
+        return errors.error_response(error, request.scope)
 
     def _note_error(self, error: Exception, scope: Scope) -> None:
-        status, caller = status_of(error), caller_of(scope)
+        status, caller = errors.status_of(error), caller_of(scope)
         if status >= 500 and not isinstance(error, TritiumError):
             log.error("internal error in %s (request %s)", scope["path"], caller.request_id, exc_info=error)
         caller.notes["error"] = str(error)
-        self._metrics.error(status, code_of(error))
+        self._metrics.error(status, errors.code_of(error))
 
     def _answer(self, events: AsyncGenerator[Event, None], pen: Pen, request: Request, *, stream: bool | None
                 ) -> Response:
@@ -250,7 +241,7 @@ class Routes:
                     raise
                 self._note_error(error, scope)
                 log.error("an answer failed midway: %s", error)
-                last = error_event(error, scope["path"])
+                last = errors.error_event(error, scope["path"])
             caller_of(scope).notes |= writer.tally.notes()
             await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
@@ -259,7 +250,7 @@ class Routes:
             async with asyncio.timeout(self._settings.patience):
                 body = await self._body(request)
         except TimeoutError:
-            raise SlowBodyError(f"the body did not come within {self._settings.patience:g} s") from None
+            raise errors.SlowBodyError(f"the body did not come within {self._settings.patience:g} s") from None
         except ClientDisconnect:
             raise RequestError("the body ended early") from None
         return protocol.parse_json(body or b"{}")
@@ -275,14 +266,14 @@ class Routes:
             elif size > _DRAINED_BYTES:
                 break
         if size > self._settings.max_body_bytes:
-            raise BodyTooLargeError(f"the body is larger than {self._settings.max_body_bytes} bytes",
-                                    hint="send less at once")
+            raise errors.BodyTooLargeError(f"the body is larger than {self._settings.max_body_bytes} bytes",
+                                           hint="send less at once")
         return b"".join(pieces)
 
     def _check_model(self, name: str | None) -> str:
         if name is not None and name not in self._names:
-            raise UnknownModelError(f"the model {name!r} does not exist; this server has {', '.join(self._names)}",
-                                    param="model")
+            known = ", ".join(self._names)
+            raise errors.UnknownModelError(f"the model {name!r} does not exist; this server has {known}", param="model")
         return self._names[0] if name is None else name
 
     def _card(self, name: str, request: Request) -> dict[str, Any]:
