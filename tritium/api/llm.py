@@ -16,15 +16,7 @@ from tritium.api.answer import Answer, Completion
 from tritium.api.door import Door, Message, Prompts, TextOptions, load
 from tritium.chat import ChatFormat
 from tritium.config import EngineConfig
-from tritium.core import (
-    CacheCall,
-    CacheFileError,
-    ConfigError,
-    EngineStats,
-    RequestError,
-    SamplingParams,
-    TritiumError,
-)
+from tritium.core import CacheCall, CacheFileError, ConfigError, EngineStats, RequestError, SamplingParams, TritiumError
 
 if TYPE_CHECKING:
     from tritium.engine import Engine
