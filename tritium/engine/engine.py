@@ -104,15 +104,9 @@ class Engine:
             log.info("weights loaded: %s of device memory at most meanwhile, %s planned to stay",
                      size(torch.cuda.max_memory_allocated(device)), size(plan.weights))
         model = Decoder(parameters, checkpoint.config, plan.max_model_len)
-        caches = allocate_caches(
-            checkpoint.config,
-            pages=plan.num_pages,
-            slots=plan.num_slots + plan.num_checkpoints,
-            dtype=dtype,
-            device=device,
-            drafts=speculation.most,
-        )
         pages, slots = PagePool(plan.num_pages), SlotPool(plan.num_slots + plan.num_checkpoints)
+        caches = allocate_caches(checkpoint.config, pages=pages.num_total, slots=slots.num_total, dtype=dtype,
+                                 device=device, drafts=speculation.most)
         host = SlotPool(plan.num_host_checkpoints)
         cache = PrefixCache(pages, slots, host=host) if config.enable_prefix_caching else None
         limits = Limits(config.max_num_seqs, config.batched_tokens(target.is_gpu), plan.max_model_len)
