@@ -48,14 +48,8 @@ class LLM:
         llm._engine, llm.door = engine, Door(engine, chat, seed=seed)
         return llm
 
-    def generate(
-        self,
-        prompts: Prompts,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        options: TextOptions | None = None,
-        progress: bool = False,
-    ) -> list[Completion]:
+    def generate(self, prompts: Prompts, sampling: SamplingParams | Sequence[SamplingParams] | None = None, *,
+                 options: TextOptions | None = None, progress: bool = False) -> list[Completion]:
         """Complete one prompt or several, each text or token ids.
 
         `sampling`: one for all, or one for each prompt; None: `default_sampling()`. Gives the choices of the first
@@ -67,16 +61,10 @@ class LLM:
             [self.door.prompted(ids, each, options=options) for ids, each in _pairs(encoded, sampling)],
             progress=progress)
 
-    def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        tools: object = None,
-        add_generation_prompt: bool = True,
-        template_kwargs: Mapping[str, Any] | None = None,
-        progress: bool = False,
-    ) -> list[Completion]:
+    def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]],
+             sampling: SamplingParams | Sequence[SamplingParams] | None = None, *, tools: object = None,
+             add_generation_prompt: bool = True, template_kwargs: Mapping[str, Any] | None = None,
+             progress: bool = False) -> list[Completion]:
         """Answer one conversation or several, through the checkpoint's chat template."""
         conversations: Sequence[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         return self.answer(

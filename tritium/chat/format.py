@@ -43,14 +43,8 @@ class ChatFormat:
         """See `Tokenizer.decode`."""
         return self.tokenizer.decode(ids, skip_special)
 
-    def render(
-        self,
-        messages: object,
-        *,
-        tools: object = None,
-        add_generation_prompt: bool = True,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
+    def render(self, messages: object, *, tools: object = None, add_generation_prompt: bool = True,
+               template_kwargs: Mapping[str, Any] | None = None) -> str:
         """The prompt of OpenAI-shaped messages and tools; `template_kwargs` (enable_thinking, say) go to the
         template.
 
@@ -66,17 +60,9 @@ class ChatFormat:
             variables=check_variables(template_kwargs or {}),
         )
 
-    def stream(
-        self,
-        *,
-        prompt: str | Sequence[int] = "",
-        stop: Sequence[str] = (),
-        tools: object = None,
-        parse_reasoning: bool = True,
-        skip_special_tokens: bool = True,
-        include_stop: bool = False,
-        min_tokens: int = 0,
-    ) -> TextStream:
+    def stream(self, *, prompt: str | Sequence[int] = "", stop: Sequence[str] = (), tools: object = None,
+               parse_reasoning: bool = True, skip_special_tokens: bool = True, include_stop: bool = False,
+               min_tokens: int = 0) -> TextStream:
         """A fresh stream for one answer.
 
         `prompt` (text or ids) decides whether the answer begins inside the reasoning. Without `parse_reasoning`

@@ -60,12 +60,8 @@ class ToolRules:
     """Whether there may be several calls."""
 
 
-def answer_grammar(
-    grammars: Grammars,
-    form: AnswerFormat | None,
-    tools: Sequence[Mapping[str, Any]] = (),
-    rules: ToolRules | None = None,
-) -> str | None:
+def answer_grammar(grammars: Grammars, form: AnswerFormat | None, tools: Sequence[Mapping[str, Any]] = (),
+                   rules: ToolRules | None = None) -> str | None:
     """Of an answer of that form, of a call of checked `tools`, or of either; None where nothing is to be enforced: no
     form, no call required, several allowed, and no tool strict. Compiled already.
 

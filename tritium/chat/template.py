@@ -36,14 +36,8 @@ class ChatTemplate:
         self.variables: Mapping[str, Any] = {}
         """Defaults that a call may override (special tokens)."""
 
-    def render(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> str:
+    def render(self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None, add_generation_prompt: bool,
+               variables: Mapping[str, Any]) -> str:
         """The prompt. Raises `RequestError` with the template's own words when it refuses the messages, and with
         its line when it fails on them."""
         template = self._with_tools if tools else self._plain

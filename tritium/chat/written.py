@@ -35,12 +35,8 @@ class Written:
         while self._held > _MOST_IDS:
             self._held -= len(self._answers.popitem(last=False)[1])
 
-    def encode(
-        self,
-        messages: Sequence[Any],
-        render: Callable[[Sequence[Any]], str],
-        encode: Callable[[str], list[int]],
-    ) -> list[int]:
+    def encode(self, messages: Sequence[Any], render: Callable[[Sequence[Any]], str],
+               encode: Callable[[str], list[int]]) -> list[int]:
         """The prompt of `messages`; marks stand for remembered answers while the template writes. An answer that the
         template does not write whole (it leaves out old thoughts) is left to it."""
         found = {i: ids for i, message in enumerate(messages) if (ids := self._answers.get(_key(message)))}
