@@ -135,10 +135,8 @@ def line(found: Compiled) -> str:
     return _COLUMNS.format(*cells) + wrong
 
 
-def run(
-    arches: Sequence[str], models: Sequence[str] = MODELS, *, sample: bool = False, workers: int = 0,
-    cache: Path | None = CACHE,
-) -> Iterator[tuple[int, Compiled]]:
+def run(arches: Sequence[str], models: Sequence[str] = MODELS, *, sample: bool = False, workers: int = 0,
+        cache: Path | None = CACHE) -> Iterator[tuple[int, Compiled]]:
     """(how many there are in all, one of them) as they are done. `sample`: of the launches of a form of a kernel with
     the same launch parameters only the last, of the largest model. `workers`: processes; 0: one a core."""
     from tritium.ops.kernels.matrix import Job, compile_all

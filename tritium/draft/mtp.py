@@ -22,15 +22,8 @@ Draw = Callable[[Sequence[Site], torch.Tensor], Sequence[int | None]]
 """A token for each row from its logits, with the row's own parameters and seed."""
 
 
-def propose(
-    model: Decoder,
-    cache: LayerCache,
-    draw: Draw,
-    plan: StepPlan,
-    batch: ForwardBatch,
-    hidden_TH: torch.Tensor,
-    tokens: Sequence[tuple[int, ...]],
-) -> list[tuple[int, ...]]:
+def propose(model: Decoder, cache: LayerCache, draw: Draw, plan: StepPlan, batch: ForwardBatch, hidden_TH: torch.Tensor,
+            tokens: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """At most `want_drafts` guesses of what follows each row of a step.
 
     `hidden_TH`: the target's final-normed hidden states; `tokens[i]`: what row i gained, empty where it did not sample.

@@ -75,16 +75,8 @@ class Scheduler:
     come at any time between two calls.
     """
 
-    def __init__(
-        self,
-        limits: Limits,
-        pages: PagePool,
-        slots: SlotPool,
-        *,
-        cache: PrefixCache | None = None,
-        proposer: Proposer | None = None,
-        depth: Callable[[Request], int] = lambda request: 0,
-    ) -> None:
+    def __init__(self, limits: Limits, pages: PagePool, slots: SlotPool, *, cache: PrefixCache | None = None,
+                 proposer: Proposer | None = None, depth: Callable[[Request], int] = lambda request: 0) -> None:
         """`cache` keeps what requests leave. `proposer` guesses the tokens that a decode row verifies beside its own,
         at most `depth` of them."""
         self.limits = limits
