@@ -164,9 +164,8 @@ class PrefixCache:
                 if found.is_ghost:
                     evicted = evicted or found.position
                     continue
-                whole = offset == PAGE_TOKENS
                 assert below is not None
-                last, partial = (below, None) if whole else (node, below)
+                last, partial = (below, None) if offset == PAGE_TOKENS else (node, below)
                 return Match(found.position, last, partial, found, kv_length, evicted, parted)
             below = node
         return Match(0, self._root, None, None, kv_length, evicted, parted)

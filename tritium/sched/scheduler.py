@@ -313,9 +313,7 @@ class Scheduler:
         sampling, prompt = request.sampling, len(request.prompt_ids)
         samples = stop == request.num_tokens
         drafts = request.drafts if samples else ()
-        masked: frozenset[int] = frozenset()
-        if samples and len(request.output_ids) < sampling.min_tokens:
-            masked = _ends(request)
+        masked = samples and len(request.output_ids) < sampling.min_tokens
         assert request.slot is not None
         source, copy_page = self.reuse.start_of(request)
         return RowPlan(
@@ -327,7 +325,7 @@ class Scheduler:
             samples=samples,
             sampling=sampling,
             seed=request.seed,
-            eos_ids=masked,
+            eos_ids=_ends(request) if masked else frozenset(),
             prompt_len=prompt,
             history=request.ids(0, request.num_tokens) if samples and sampling.uses_penalties else None,
             next_ids=() if samples else request.ids(stop, stop + 1),
