@@ -236,8 +236,7 @@ class _Run:
 
     async def _watch_kills(self, http: httpx.AsyncClient, before: tuple[float, float], pages_each: int) -> float | None:
         """Seconds from the last kill until the server holds no more than the clients that stayed can need."""
-        killed_at = await self._last_kill
-        return await self._wait_held(http, killed_at, before, pages_each)
+        return await self._wait_held(http, await self._last_kill, before, pages_each)
 
     async def _wait_held(self, http: httpx.AsyncClient, since: float, before: tuple[float, float],
                          pages_each: int = 0) -> float | None:

@@ -178,8 +178,8 @@ class AnswerConstraint:
         if state.forced:
             return dataclasses.replace(state, forced=state.forced[1:], astray=token != state.forced[0])
         if state.thinking:
-            if token == self._grammars.end_think:
-                return _State(False, forced=self._gap())
+            if token == self._grammars.end_think:  # what stands between a thought and an answer under a grammar
+                return _State(False, forced=tuple(self._grammars.tokenizer.encode("\n\n")) if self._matcher else ())
             if self._matcher is None:
                 return self._spent(_State(True, state.thought + 1))
             tail = (state.tail + self._grammars.bytes_of(token))[-len(END_THINK) :]
@@ -198,10 +198,6 @@ class AnswerConstraint:
         if not state.thinking or state.astray or budget is None or state.thought < budget:
             return state
         return _State(False, forced=tuple(self._grammars.tokenizer.encode(_CLOSE)), cut=True)
-
-    def _gap(self) -> tuple[int, ...]:
-        """What stands between a thought and an answer under a grammar."""
-        return tuple(self._grammars.tokenizer.encode("\n\n")) if self._matcher else ()
 
     def _mask(self, state: _State) -> bytes | None:
         if state.astray:

@@ -241,10 +241,8 @@ class _Call:
         self._parameter, self._value, self._scanned, self._mentioned = name, [], 0, False
         choices = alternatives(self._declared, self._schema)
         kinds = {kind for choice in choices for kind in types_of(choice)}
-        if kinds or any(map(literals_of, choices)):
-            self._streams = kinds == {"string"}
-        else:  # only objects and arrays are parsed
-            self._streams = None
+        # Of what has no type only objects and arrays are parsed.
+        self._streams = kinds == {"string"} if kinds or any(map(literals_of, choices)) else None
 
     @property
     def _declared(self) -> Mapping[str, Any]:
