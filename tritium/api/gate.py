@@ -53,7 +53,8 @@ class _Account:
     """Tokens since the key last had no request."""
     allowance: float = 0.0
     """Tokens that it may still use now; below 0 it has to wait."""
-    allowed_at: float = 0.0
+    allowed_at: float = float("-inf")
+    """When that was worked out last: a new key has all of a minute's."""
 
 
 class Gate:
@@ -98,8 +99,6 @@ class Gate:
 
     def _refill(self, account: _Account, rate: int) -> None:
         now = self._clock()
-        if account.allowed_at == 0.0:
-            account.allowance = rate
         account.allowance = min(rate, account.allowance + (now - account.allowed_at) * rate / 60)
         account.allowed_at = now
         if account.allowance <= 0:
