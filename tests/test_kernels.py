@@ -113,6 +113,29 @@ def test_columns_split_between_programs_in_the_interpreter(
     check_split(scheme, seed, monkeypatch)
 
 
+def check_peaks(seed: int) -> None:
+    """The largest x changes no bit, whether it was left or each program looks for it."""
+    for scheme in (1, 2):
+        dims = {"M": 1, "N": 70, "K": 1160, "norm": 1, "handed": 1, "scheme": scheme}
+        given = linear.spec.inputs(dims, torch.float16, torch.Generator().manual_seed(seed))
+        told = linear.kernel(**kernel_lane.moved(given, kernel_lane.DEVICE))
+        given["given"].bits_1.zero_()
+        assert torch.equal(told, linear.kernel(**kernel_lane.moved(given, kernel_lane.DEVICE)))
+        given["given"].bits_1.view(torch.float32).fill_(1e3)
+        assert not torch.equal(told, linear.kernel(**kernel_lane.moved(given, kernel_lane.DEVICE)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_a_peak_that_was_left_on_the_device(seed: int) -> None:
+    check_peaks(seed)
+
+
+@pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the test below")
+def test_a_peak_that_was_left_in_the_interpreter(seed: int) -> None:
+    check_peaks(seed)
+
+
 def check_blocks(scheme: int, seed: int) -> None:
     """Blocks of rows of a program, where the last program has fewer and where there are fewer in all."""
     gated = {"N": 35, "K": 1152, "gated": 1, "norm": 1}

@@ -6,6 +6,7 @@ import ast
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,36 @@ def test_no_loop_loses_what_it_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [(model, scheme) for model in matrix.MODELS for scheme in ("", *matrix.SCHEMES)]
     found = (x for model, scheme in steps for _, x in matrix.launches(model, "sm_90", scheme=scheme))
     assert not lost(found, "sm_90", monkeypatch)
+
+
+def network(model: str, rows: int, scheme: str) -> list[Launch]:
+    """What a decode step launches ahead of the sampler."""
+    launches = [x for _, x in matrix.launches(model, "sm_90", [matrix.Step(decode=rows)], scheme)]
+    return launches[: [x.kernel.__name__ for x in launches].index("_peaks")]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("model", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
+def test_who_makes_one_tokens_x_leaves_its_largest(model: str, scheme: str) -> None:
+    rounding = [x.options for x in network(model, 1, scheme) if x.options.get("LARGEST") and "PEAK" in x.options]
+    alone = [x["N"] for x in rounding if not x["PEAK"]]
+    assert alone == [rounding[0]["N"], 248320]  # the first layer's, and the head
+    assert len(rounding) >= 6
+
+
+def test_who_makes_a_few_tokens_x_leaves_it_scaled() -> None:
+    launches = network("qwen3.6-27b", 8, "")
+    assert sum(x.kernel.__name__ == "_rms_norm" for x in launches) == 2  # ahead of the first layer, and of the head
+    assert sum(x.options.get("PARTS", 0) > 0 for x in launches) == sum(x.options.get("LEAVE", 0) for x in launches) == 3
+
+
+@pytest.mark.parametrize("scheme", ["", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("model", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_kernel_that_starts_at_once_reads_nothing_but_weights(model: str, scheme: str, rows: int) -> None:
+    launches = network(model, rows, scheme)
+    behind = {after.kernel.__name__ for x, after in pairwise(launches) if x.options["pdl"] == 3}
+    assert behind <= {"_one", "_few", "_tile", "_route_one"}
 
 
 def test_every_op_with_a_kernel_is_launched() -> None:

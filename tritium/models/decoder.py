@@ -16,8 +16,10 @@ from tritium.nn.batch import AttentionCache, ForwardBatch, GdnCache, LayerCache,
 from tritium.nn.mixers import Attention, GatedDeltaNet
 from tritium.nn.mlps import Mlp, SparseMoe
 from tritium.ops.feed import embed
+from tritium.ops.handed import MOST, MOST_PARTS, Handed, Peak, Scaled
 from tritium.ops.linear import linear
 from tritium.ops.norm import rms_norm
+from tritium.ops.quantized import rounds
 from tritium.ops.spans import Spans
 from tritium.ops.spec import wide
 
@@ -63,13 +65,32 @@ class Decoder:
             Layer(parameters, f"layers.{i}", config, kind, table_LF2) for i, kind in enumerate(config.layer_types)
         ]
         self.mtp = MtpHead(parameters, config, table_LF2) if config.mtp_layers else None
+        self.peaks = self._handed()
+
+    def _handed(self) -> torch.Tensor:
+        """Has each op that has one behind it leave for that what it can; what is 0 as a step begins. References on a
+        CPU have no use for it."""
+        chain = [link for layer in self.layers for block in (layer.mixer, layer.mlp) for link in block.chain]
+        # Sixteen bytes apart: kernels are compiled for what an address is a multiple of.
+        peaks = torch.zeros(4 * len(chain), dtype=torch.int32, device=self.device)
+        squares_PM = torch.empty(MOST_PARTS, MOST, device=self.device)
+        few = self.embed.new_empty(MOST, self.config.hidden_size), squares_PM
+        for (before, *_), (behind, w, norm_H), bits_4 in zip(chain, chain[1:], peaks.split(4)):
+            hand: Handed | None = None
+            if w is not None and rounds(w):
+                hand = Peak(bits_4[:1], norm_H)
+            elif isinstance(w, torch.Tensor) and w.dim() == 2 and norm_H is not None and self.dtype != torch.float16:
+                hand = Scaled(*few, norm_H)
+            if hand is not None and self.device.type != "cpu":
+                before["leave"] = behind["given"] = hand
+        return peaks
 
     @torch.inference_mode()
     def forward(
         self, batch: ForwardBatch, caches: Sequence[LayerCache], layers: Sequence[int] | None = None
     ) -> torch.Tensor:
         """Hidden states after the final norm, [T, H]. `caches` has one entry a layer; `layers`: only these."""
-        x_TH = embed(ids_T=batch.ids_T, embed_VK=self.embed)
+        x_TH = embed(ids_T=batch.ids_T, embed_VK=self.embed, clear_C=self.peaks)
         for layer, cache in zip(self.layers if layers is None else [self.layers[i] for i in layers], caches):
             x_TH = layer(x_TH, batch.spans, cache)
         return rms_norm(x_MD=x_TH, w_D=self.norm, eps=self.config.rms_eps, dtype=self.dtype)

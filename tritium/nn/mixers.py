@@ -5,9 +5,11 @@ Shapes: T tokens, H hidden; for the rest see the ops.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from tritium.nn.batch import AttentionCache, GdnCache, Parameters
+from tritium.nn.batch import AttentionCache, Chain, GdnCache, Parameters
 from tritium.ops.attention import paged_attention
 from tritium.ops.attention_inputs import attention_inputs
 from tritium.ops.delta_net import delta_net
@@ -23,7 +25,12 @@ class Attention:
     ) -> None:
         self.qkv_proj = parameters[f"{prefix}.qkv_proj.weight"]
         self.o_proj = parameters[f"{prefix}.o_proj.weight"]
-        self.norm = {"norm_K": norm_H, "eps": eps}
+        self.first: dict[str, Any] = {"norm_K": norm_H, "eps": eps}
+        self.attend: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+        self.chain: Chain = [
+            (self.first, self.qkv_proj, norm_H), (self.attend, None, None), (self.last, self.o_proj, None)
+        ]  # fmt: skip
         self.inputs = {
             "q_norm_D": parameters[f"{prefix}.q_norm.weight"],
             "k_norm_D": parameters[f"{prefix}.k_norm.weight"],
@@ -32,10 +39,10 @@ class Attention:
         }
 
     def __call__(self, x_TH: torch.Tensor, spans: Spans, cache: AttentionCache) -> torch.Tensor:
-        x_TE, read = linear(x_MK=x_TH, w_JK=self.qkv_proj, **self.norm), {**cache._asdict(), "spans": spans}
+        x_TE, read = linear(x_MK=x_TH, w_JK=self.qkv_proj, **self.first), {**cache._asdict(), "spans": spans}
         q_TND, gate_TND = attention_inputs(x_TE=x_TE, **self.inputs, **read)
-        o_TND = paged_attention(q_TND=q_TND, gate_TND=gate_TND, **read)
-        return linear(x_MK=o_TND.flatten(1), w_JK=self.o_proj, residual_MN=x_TH)
+        o_TND = paged_attention(q_TND=q_TND, gate_TND=gate_TND, **read, **self.attend)
+        return linear(x_MK=o_TND.flatten(1), w_JK=self.o_proj, residual_MN=x_TH, **self.last)
 
 
 class GatedDeltaNet:
@@ -47,8 +54,9 @@ class GatedDeltaNet:
     ) -> None:
         self.in_proj = parameters[f"{prefix}.in_proj.weight"]
         self.out_proj = parameters[f"{prefix}.out_proj.weight"]
-        self.norm = {"norm_K": norm_H, "eps": eps}
-        self.between = {
+        self.first: dict[str, Any] = {"norm_K": norm_H, "eps": eps}
+        self.last: dict[str, Any] = {}
+        self.between: dict[str, Any] = {
             "conv_CW": parameters[f"{prefix}.conv.weight"],
             "A_log_N": parameters[f"{prefix}.A_log"],
             "dt_bias_N": parameters[f"{prefix}.dt_bias"],
@@ -56,8 +64,11 @@ class GatedDeltaNet:
             "eps": eps,
             "key_heads": key_heads,
         }
+        self.chain: Chain = [
+            (self.first, self.in_proj, norm_H), (self.between, None, None), (self.last, self.out_proj, None)
+        ]  # fmt: skip
 
     def __call__(self, x_TH: torch.Tensor, spans: Spans, cache: GdnCache) -> torch.Tensor:
-        x_TE = linear(x_MK=x_TH, w_JK=self.in_proj, **self.norm)
+        x_TE = linear(x_MK=x_TH, w_JK=self.in_proj, **self.first)
         y_TM = delta_net(x_TE=x_TE, spans=spans, **self.between, **cache._asdict())
-        return linear(x_MK=y_TM, w_JK=self.out_proj, residual_MN=x_TH)
+        return linear(x_MK=y_TM, w_JK=self.out_proj, residual_MN=x_TH, **self.last)

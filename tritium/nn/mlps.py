@@ -5,9 +5,11 @@ Shapes: T tokens, H hidden, E experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from tritium.nn.batch import Parameters
+from tritium.nn.batch import Chain, Parameters
 from tritium.ops.linear import linear
 from tritium.ops.moe import moe
 
@@ -18,18 +20,20 @@ class Mlp:
     def __init__(self, parameters: Parameters, prefix: str, *, norm_H: torch.Tensor, eps: float) -> None:
         self.gate_up = parameters[f"{prefix}.gate_up.weight"]
         self.down = parameters[f"{prefix}.down.weight"]
-        self.norm_H, self.eps = norm_H, eps
+        self.first: dict[str, Any] = {"norm_K": norm_H, "eps": eps, "gated": True}
+        self.last: dict[str, Any] = {}
+        self.chain: Chain = [(self.first, self.gate_up, norm_H), (self.last, self.down, None)]
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        inner = linear(x_MK=x_TH, w_JK=self.gate_up, norm_K=self.norm_H, eps=self.eps, gated=True)
-        return linear(x_MK=inner, w_JK=self.down, residual_MN=x_TH)
+        inner = linear(x_MK=x_TH, w_JK=self.gate_up, **self.first)
+        return linear(x_MK=inner, w_JK=self.down, residual_MN=x_TH, **self.last)
 
 
 class SparseMoe:
     """x + Σ over the K routed experts + sigmoid(shared gate) · shared expert, all of norm(x)."""
 
     def __init__(self, parameters: Parameters, prefix: str, *, norm_H: torch.Tensor, eps: float, k: int) -> None:
-        self.all = {
+        self.all: dict[str, Any] = {
             "norm_H": norm_H,
             "eps": eps,
             "router_FH": parameters[f"{prefix}.router.weight"],
@@ -39,6 +43,7 @@ class SparseMoe:
             "shared_down_HS": parameters[f"{prefix}.shared_down.weight"],
             "k": k,
         }
+        self.chain: Chain = [(self.all, self.all["gate_up_EJH"], norm_H)]
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         return moe(x_TH=x_TH, **self.all)

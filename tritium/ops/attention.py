@@ -18,6 +18,7 @@ import torch
 
 from tritium.core import SHORT_ROW
 from tritium.ops.elementwise import sigmoid
+from tritium.ops.handed import Handed, Peak, left
 from tritium.ops.linear import ROWS
 from tritium.ops.spans import Spans
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
@@ -58,6 +59,8 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
             since=tuple(min(dims["S"], start) for start in contexts) if "S" in dims else (),
         ),
     }  # fmt: skip
+    if dims.get("handed"):
+        arguments["leave"] = Peak(torch.zeros(1, dtype=torch.int32))
     if dims.get("B"):
         for name in ("k_pages", "v_pages"):
             arguments[name][0] = torch.nan
@@ -70,14 +73,14 @@ SPEC = OpSpec(
     name="paged_attention",
     cases=(
         {"T": 1, "N": 2, "G": 2, "D": 64, "L": 0},
-        {"T": 1, "N": 6, "G": 2, "D": 40, "L": 2100},
+        {"T": 1, "N": 6, "G": 2, "D": 40, "L": 2100, "handed": 1},
         {"T": 75, "N": 4, "G": 1, "D": 64, "L": 61},
         {"T": 6, "N": 6, "G": 1, "D": 72, "L": 200, "Q": 3, "B": 1},
         {"T": 20, "N": 4, "G": 1, "D": 32, "L": 150, "Q": 10, "S": 70, "B": 1},
         {"T": 70, "N": 2, "G": 2, "D": 72, "L": 203, "S": 70, "B": 1},
     ),
     inputs=_inputs,
-    results=lambda arguments, returned: {"o_TND": returned},
+    results=lambda arguments, returned: {"o_TND": returned, **left(arguments, returned)},
     bytes_moved=lambda d, size: size * (2 * d["G"] * d["D"] * (d["L"] + d["T"]) + 3 * d["T"] * d["N"] * d["D"]),
     flops=lambda d: 4 * d["T"] * d["N"] * d["D"] * (d["L"] + d["T"]),
 )
@@ -90,8 +93,10 @@ def reference(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     spans: Spans,
+    leave: Handed | None = None,
 ) -> torch.Tensor:
-    """o_TND in q's dtype. Every row's keys and values, this step's included, are in its pages already."""
+    """o_TND in q's dtype. Every row's keys and values, this step's included, are in its pages already. `leave`: as in
+    `linear`."""
     groups = k_pages.shape[1]
     tokens, heads, dim = q_TND.shape
     q_TGMD = q_TND.view(tokens, groups, heads // groups, dim)
@@ -100,7 +105,10 @@ def reference(
         # Where a row repeats its last token, the same bits are written to the same place again.
         o_TGMD[index_BC] = _attend(q_TGMD[index_BC], positions_BC, since_B, pages_BP, k_pages, v_pages).to(q_TND.dtype)
     gate = sigmoid(gate_TND.to(wide(gate_TND.dtype)))
-    return (o_TGMD.view(tokens, heads, dim) * gate).to(q_TND.dtype)
+    o_TND = (o_TGMD.view(tokens, heads, dim) * gate).to(q_TND.dtype)
+    if leave is not None:
+        leave.leave(o_TND)
+    return o_TND
 
 
 def _tiles(spans: Spans) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:

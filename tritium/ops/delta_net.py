@@ -17,6 +17,7 @@ import torch
 
 from tritium.ops.conv import reference as conv_reference
 from tritium.ops.gdn import reference as gdn_reference
+from tritium.ops.handed import Handed, Peak, left
 from tritium.ops.norm import gated_reference
 from tritium.ops.spans import Spans
 from tritium.ops.spec import Dims, Op, OpSpec, randn, wide
@@ -27,13 +28,14 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
     channels, full = 2 * nk * dk + nv * dv, wide(dtype)
     # Short rows with drafts, folds, a checkpoint to start from and one to leave; then long ones with snapshots.
     long, more, context = dims.get("long", 0), dims.get("more", 0), dims.get("context", 64)
-    lengths = (1 + drafts, 1) + ((long,) if long else ()) + ((more,) if more else ())
+    lengths = (1,) if dims.get("handed") else (1 + drafts, 1) + (long,) * (long > 0) + (more,) * (more > 0)
     contexts = (70, 0, context, 2)[: len(lengths)]
-    snapshots = (((71, 5),) if drafts else (), (), tuple(
+    snapshots: tuple[tuple[tuple[int, int], ...], ...] = (((71, 5),) if drafts else (), (), tuple(
         (at, 5 + i) for i, at in enumerate(range(128, context + long, 128), start=1)
     ), ((64, 10), (2 + more, 11)))[: len(lengths)]
     slots = 12
     return {
+        **({"leave": Peak(torch.zeros(1, dtype=torch.int32))} if dims.get("handed") else {}),
         "x_TE": randn(generator, sum(lengths), channels + nv * dv + 2 * nv, dtype=dtype),
         "conv_CW": randn(generator, channels, 4, dtype=full, scale=0.5),
         "A_log_N": randn(generator, nv, dtype=full, scale=0.5),
@@ -62,6 +64,7 @@ SPEC = OpSpec(
     name="delta_net",
     cases=(
         {"nk": 1, "nv": 1, "dk": 16, "dv": 16},
+        {"nk": 2, "nv": 4, "dk": 32, "dv": 64, "handed": 1},
         {"nk": 2, "nv": 6, "dk": 32, "dv": 16, "drafts": 3},
         {"nk": 1, "nv": 2, "dk": 64, "dv": 64, "drafts": 1, "long": 150},
         {"nk": 2, "nv": 2, "dk": 32, "dv": 32, "long": 200, "context": 100},
@@ -69,7 +72,7 @@ SPEC = OpSpec(
     ),
     inputs=_inputs,
     results=lambda arguments, returned: {
-        "y_TM": returned,
+        "y_TM": returned, **left(arguments, returned),
         **{name: arguments[name][1:] for name in ("state", "conv", "pending")},
     },
     bytes_moved=lambda d, size: (
@@ -93,8 +96,9 @@ def reference(
     pending: torch.Tensor,
     spans: Spans,
     key_heads: int,
+    leave: Handed | None = None,
 ) -> torch.Tensor:
-    """y_TM; updates `state`, `conv` and `pending` in place."""
+    """y_TM; updates `state`, `conv` and `pending` in place. `leave`: as in `linear`."""
     heads, value = len(A_log_N), len(norm_V)
     qkv_TC, z, b_TN, a_TN = x_TE.split([len(conv_CW), heads * value, heads, heads], dim=-1)
     o_TNV = gdn_reference(
@@ -108,7 +112,10 @@ def reference(
         spans=spans,
         key_heads=key_heads,
     )
-    return gated_reference(x_MD=o_TNV, z_MD=z.view(-1, heads, value), w_D=norm_V, eps=eps).flatten(1)
+    y_TM = gated_reference(x_MD=o_TNV, z_MD=z.view(-1, heads, value), w_D=norm_V, eps=eps).flatten(1)
+    if leave is not None:
+        leave.leave(y_TM)
+    return y_TM
 
 
 delta_net = Op(SPEC, reference, "delta_net:delta_net")

@@ -103,14 +103,20 @@ EMBED_SPEC = OpSpec(
     inputs=lambda d, dtype, generator: {
         "ids_T": torch.randint(d["V"], (d["T"],), generator=generator),
         "embed_VK": randn(generator, d["V"], d["K"], dtype=dtype),
+        "clear_C": torch.ones(50, dtype=torch.int32),
     },
-    results=lambda arguments, returned: {"x_TK": returned},
+    results=lambda arguments, returned: {"x_TK": returned, "clear_C": arguments["clear_C"]},
     bytes_moved=lambda d, size: d["T"] * d["K"] * (size + 4),
     flops=lambda d: d["T"] * d["K"],
 )
 
 
-def embed_reference(*, ids_T: torch.Tensor, embed_VK: torch.Tensor) -> torch.Tensor:
+def embed_reference(
+    *, ids_T: torch.Tensor, embed_VK: torch.Tensor, clear_C: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x_TK; sets `clear_C` (int32), what the layers of one step leave each other, to 0."""
+    if clear_C is not None:
+        clear_C.zero_()
     return functional.embedding(ids_T, embed_VK).to(wide(embed_VK.dtype))
 
 

@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from tritium.ops.elementwise import silu_mul
+from tritium.ops.handed import MOST, MOST_PARTS, Handed, Peak, Scaled, left
 from tritium.ops.norm import reference as rms_norm
 from tritium.ops.quantized import (
     FORMS,
@@ -78,6 +79,9 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         inputs["x_MK"] = settled(randn(generator, m, k, dtype=torch.float32), scheme).to(dtype)
     if dims.get("residual"):
         inputs["residual_MN"] = randn(generator, m, n, dtype=full)
+    if dims.get("handed"):
+        behind_N = randn(generator, n, dtype=full, scale=0.3) if dims.get("residual") else None
+        inputs |= handed(inputs["x_MK"], inputs.get("norm_K"), behind_N, None if scheme else dtype)
     return inputs | ({"gated": True} if gated else {}) | ({"dtype": full} if dims.get("wide") else {})
 
 
@@ -93,12 +97,34 @@ _QUANTIZED: tuple[Dims, ...] = (
     {"M": 33, "N": 100, "K": 200, "residual": 1},
     {"M": 65, "N": 128, "K": 144, "norm": 1, "gated": 1},
 )
+_HANDED: tuple[Dims, ...] = (
+    {"M": 1, "N": 130, "K": 1160, "norm": 1},
+    {"M": 1, "N": 35, "K": 264, "norm": 1, "gated": 1},
+    {"M": 1, "N": 77, "K": 640, "residual": 1},
+)
 _MIXED: tuple[Dims, ...] = (
     {"M": 1, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 2},
     {"M": 1, "N": 75, "K": 1100, "norm": 1, "plain": 5, "scheme": 4},
     {"M": 7, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 1},
     {"M": 65, "N": 72, "K": 256, "norm": 1, "plain": 8, "scheme": 4},
 )
+
+
+def handed(x_MK: torch.Tensor, norm_K: torch.Tensor | None, behind_N: torch.Tensor | None, dtype: torch.dtype | None
+           ) -> dict[str, Handed]:  # fmt: skip
+    """What the op before leaves of x, and where to leave that of the result: peaks, or in `dtype` scaled tokens."""
+
+    def made(norm: torch.Tensor | None) -> Handed:
+        if dtype is None:
+            return Peak(torch.zeros(1, dtype=torch.int32), norm)
+        assert norm is not None
+        return Scaled(norm.new_zeros(MOST, len(norm), dtype=dtype), norm.new_zeros(MOST_PARTS, MOST), norm)
+
+    found = {"given": made(norm_K)} if dtype is None or norm_K is not None else {}
+    for given in found.values():
+        given.leave(x_MK)
+    return found | ({"leave": made(behind_N)} if dtype is None or behind_N is not None else {})
+
 
 SPEC = OpSpec(
     name="linear",
@@ -119,9 +145,13 @@ SPEC = OpSpec(
         {"M": 65, "N": 50, "K": 24, "residual": 1},
         *({**dims, "scheme": number} for number in range(1, len(FORMS) + 1) for dims in _QUANTIZED),
         *_MIXED,
+        *({**dims, "handed": 1, "scheme": number} for number in (1, 2, 3) for dims in _HANDED),
+        {"M": 7, "N": 130, "K": 72, "norm": 1, "handed": 1},
+        {"M": 7, "N": 33, "K": 200, "norm": 1, "gated": 1, "handed": 1},
+        {"M": 33, "N": 100, "K": 200, "residual": 1, "handed": 1},
     ),
     inputs=_inputs,
-    results=lambda arguments, returned: {"y_MN": returned},
+    results=lambda arguments, returned: {"y_MN": returned, **left(arguments, returned)},
     bytes_moved=lambda d, size: size * (d["M"] * d["K"] + d["M"] * d["N"]) + _weight_bytes(d, size),
     flops=lambda d: 2 * d["M"] * (1 + d.get("gated", 0)) * d["N"] * d["K"],
     floor=lambda d: granted(scheme_of(d)),
@@ -145,9 +175,11 @@ def reference(
     gated: bool = False,
     residual_MN: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
+    given: Handed | None = None,
+    leave: Handed | None = None,
 ) -> torch.Tensor:
     """y_MN in `dtype`, else in the residual's, else in w's. (A kernel that gives a wider dtype than w's need not round
-    to w's in between.)"""
+    to w's in between.) `given`, `leave`: what the op before left of x, and what to leave of y for the one behind."""
     if norm_K is not None:
         x_MK = rms_norm(x_MD=x_MK, w_D=norm_K, eps=eps)
     parts = [_product(x_MK, block) for block in row_blocks(w_JK)]
@@ -155,7 +187,10 @@ def reference(
     y_MN = silu_mul(x_TJ=p_MJ) if gated else p_MJ
     if residual_MN is not None:
         y_MN = residual_MN + y_MN.to(residual_MN.dtype)
-    return y_MN.to(dtype or y_MN.dtype)
+    y_MN = y_MN.to(dtype or y_MN.dtype)
+    if leave is not None:
+        leave.leave(y_MN)
+    return y_MN
 
 
 def _product(x_MK: torch.Tensor, w: Weight) -> torch.Tensor:

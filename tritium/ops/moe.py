@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from tritium.ops.elementwise import sigmoid
-from tritium.ops.linear import drawn, scheme_of, settled
+from tritium.ops.handed import Handed, left
+from tritium.ops.linear import drawn, handed, scheme_of, settled
 from tritium.ops.linear import reference as linear
 from tritium.ops.norm import reference as rms_norm
 from tritium.ops.quantized import FORMS, Weights, dtype_of, expert_of, row_blocks, stored_bytes
@@ -74,14 +75,19 @@ def reference(
     shared_gate_up_SH: Weights,
     shared_down_HS: Weights,
     k: int,
+    given: Handed | None = None,
+    leave: Handed | None = None,
 ) -> torch.Tensor:
-    """y_TH in x's dtype (that of the residual stream)."""
+    """y_TH in x's dtype (that of the residual stream). `given`, `leave`: as in `linear`."""
     h_TH = rms_norm(x_MD=x_TH, w_D=norm_H, eps=eps)
     logits_TF = linear(x_MK=h_TH, w_JK=router_FH)
     expert_TK, weight_TK = top_k(logits_TE=logits_TF[:, :-1], k=k)
     routed_TH = experts(x_TH=h_TH, expert_TK=expert_TK, weight_TK=weight_TK, gate_up_EJH=gate_up_EJH, down_EHI=down_EHI)
     shared_TH = linear(x_MK=linear(x_MK=h_TH, w_JK=shared_gate_up_SH, gated=True), w_JK=shared_down_HS)
-    return x_TH + (routed_TH.to(x_TH.dtype) + sigmoid(logits_TF[:, -1:].to(x_TH.dtype)) * shared_TH.to(x_TH.dtype))
+    y_TH = x_TH + (routed_TH.to(x_TH.dtype) + sigmoid(logits_TF[:, -1:].to(x_TH.dtype)) * shared_TH.to(x_TH.dtype))
+    if leave is not None:
+        leave.leave(y_TH)
+    return y_TH
 
 
 def _router(h_TH: torch.Tensor, experts: int, generator: torch.Generator) -> torch.Tensor:
@@ -100,7 +106,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
     norm_H = randn(generator, h, dtype=full, scale=0.3)
     x_TH = settled(randn(generator, t, h, dtype=full) * (1 + norm_H), scheme_of(dims)) / (1 + norm_H)
     h_TH = rms_norm(x_MD=x_TH.double(), w_D=norm_H.double(), eps=1e-6)
-    return {
+    arguments = {
         "x_TH": x_TH,
         "norm_H": norm_H,
         "eps": 1e-6,
@@ -111,6 +117,9 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "shared_down_HS": drawn(generator, dims, h, s, dtype=dtype),
         "k": dims["K"],
     }
+    if dims.get("handed"):
+        arguments |= handed(x_TH, norm_H, randn(generator, h, dtype=full, scale=0.3), None)
+    return arguments
 
 
 def _expert_bytes(dims: Dims, width: int, size: int) -> int:
@@ -137,9 +146,10 @@ SPEC = OpSpec(
         {"T": 40, "E": 6, "K": 3, "H": 128, "I": 64, "S": 64},
         {"T": 150, "E": 5, "K": 2, "H": 192, "I": 72, "S": 72},
         *({**dims, "scheme": number} for number in range(1, len(FORMS) + 1) for dims in _QUANTIZED),
+        *({**_QUANTIZED[0], "scheme": number, "handed": 1} for number in (1, 2)),
     ),
     inputs=_inputs,
-    results=lambda arguments, returned: {"y_TH": returned},
+    results=lambda arguments, returned: {"y_TH": returned, **left(arguments, returned)},
     bytes_moved=lambda d, size: size * d["H"] * (d["E"] + 1 + 4 * d["T"])
     + min(d["E"], d["T"] * d["K"]) * _expert_bytes(d, d["I"], size) + _expert_bytes(d, d["S"], size),
     flops=lambda d: 2 * d["T"] * d["H"] * (3 * d["I"] * d["K"] + 3 * d["S"] + d["E"] + 1),

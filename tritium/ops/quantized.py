@@ -117,6 +117,11 @@ def row_blocks(w: Weights) -> tuple[Weight, ...]:
     return w if isinstance(w, tuple) and not isinstance(w, Quantized) else (w,)
 
 
+def rounds(w: Weights) -> bool:
+    """Whether products with it round activations."""
+    return any(isinstance(block, Quantized) and block.scheme.activations is not None for block in row_blocks(w))
+
+
 def dtype_of(w: Weights) -> torch.dtype:
     """The compute dtype of a weight: of its results, and of the activations it is multiplied by."""
     return row_blocks(w)[0].dtype

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritium.ops.handed import Handed, Peak
 from tritium.ops.kernels.launch import (
     bucket,
     cdiv,
@@ -27,6 +28,7 @@ from tritium.ops.kernels.launch import (
     target_of,
     wait_for_inputs,
 )
+from tritium.ops.kernels.one_token import leave_peak
 from tritium.ops.spans import Spans
 
 LOWEST = tl.constexpr(-1e30)
@@ -140,9 +142,9 @@ def _decode(q, k_pages, v_pages, parts, weights, lengths_R, contexts_R, since_R,
 
 
 @triton.jit(do_not_specialize=["splits", "Q", "static"])
-def _merge(parts, weights, gate, o, lengths_R, contexts_R, since_R, starts_R, gate_token, gate_head, splits, Q, static,
-           N: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SHARES: tl.constexpr, DIMS: tl.constexpr,
-           pdl: tl.constexpr):  # fmt: skip
+def _merge(parts, weights, gate, o, leave, lengths_R, contexts_R, since_R, starts_R, gate_token, gate_head, splits, Q,
+           static, N: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SHARES: tl.constexpr, DIMS: tl.constexpr,
+           LEAVE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     n, i, r = tl.program_id(0) % N, tl.program_id(1), tl.program_id(2)
     d = tl.program_id(0) // N * DIMS + tl.arange(0, DIMS)
     s = tl.arange(0, SHARES)
@@ -161,8 +163,10 @@ def _merge(parts, weights, gate, o, lengths_R, contexts_R, since_R, starts_R, ga
     merged = tl.sum(part * weight[:, None], axis=0) / tl.where(there, tl.sum(weight, axis=0), 1.0)
     release_next(pdl)
     # In a graph a token that no row has gets zeros; elsewhere the place belongs to the next row.
-    tl.store(o + (token * N + n) * D + d, (merged / (1.0 + tl.exp(-g))).to(o.dtype.element_ty),
-             mask=d < tl.where(there | (static > 0), D, 0))  # fmt: skip
+    rounded = (merged / (1.0 + tl.exp(-g))).to(o.dtype.element_ty)
+    tl.store(o + (token * N + n) * D + d, rounded, mask=d < tl.where(there | (static > 0), D, 0))
+    if LEAVE:
+        leave_peak(leave, rounded.to(tl.float32), d < D)
 
 
 @triton.jit
@@ -257,13 +261,14 @@ def paged_attention(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     spans: Spans,
+    leave: Handed | None = None,
 ) -> torch.Tensor:
     """o_TND in q's dtype, contiguous. Queries and gates may be strided, but within a head."""
     o_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
     if spans.num_short < spans.num_rows:
         _long_rows(q_TND, gate_TND, k_pages, v_pages, spans, o_TND)
     if spans.num_short:
-        _short_rows(q_TND, gate_TND, k_pages, v_pages, spans, o_TND)
+        _short_rows(q_TND, gate_TND, k_pages, v_pages, spans, o_TND, leave)
     return o_TND
 
 
@@ -291,6 +296,7 @@ def _short_rows(
     v_pages: torch.Tensor,
     spans: Spans,
     o_TND: torch.Tensor,
+    leave: Handed | None,
 ) -> None:
     constants, scale = _sizes(q_TND, k_pages)
     _, heads, dim = q_TND.shape
@@ -317,9 +323,10 @@ def _short_rows(
     shares = power_of_2(splits)
     dims = min(found.pop("dims"), constants["BLOCK_D"], max(8192 // shares, 1))
     launch(
-        _merge, (heads * cdiv(dim, dims), most, rows), parts, weights, gate_TND, o_TND, *of_rows,
-        gate_TND.stride(0), gate_TND.stride(1), splits, most, int(static),
-        N=heads, D=dim, PAGE=k_pages.shape[2], SHARES=shares, DIMS=dims, **found,
+        _merge, (heads * cdiv(dim, dims), most, rows), parts, weights, gate_TND, o_TND,
+        leave.bits_1 if isinstance(leave, Peak) else o_TND, *of_rows, gate_TND.stride(0), gate_TND.stride(1), splits,
+        most, int(static), N=heads, D=dim, PAGE=k_pages.shape[2], SHARES=shares, DIMS=dims,
+        LEAVE=isinstance(leave, Peak) and len(q_TND) == 1, **found,
     )  # fmt: skip
 
 

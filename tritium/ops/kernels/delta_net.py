@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from tritium.ops.gdn import L2_EPS
+from tritium.ops.handed import Handed, Peak
 from tritium.ops.kernels.launch import bucket, cdiv, launch, parameters, release_next, wait_for_inputs
+from tritium.ops.kernels.one_token import leave_peak
 from tritium.ops.spans import Spans
 
 WIDTH = 4
@@ -117,10 +119,10 @@ def _advanced(s, q, k, v, by, decay, beta):
 
 
 @triton.jit(do_not_specialize=["places"])
-def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, starts, lengths, contexts, sources, slots,
-          folds, drafts, snap_at, snap_slot, x_stride, places, L2: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
-          DK: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MANY: tl.constexpr,
-          RING: tl.constexpr, PIECES: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, leave, starts, lengths, contexts, sources,
+          slots, folds, drafts, snap_at, snap_slot, x_stride, places, L2: tl.constexpr, NK: tl.constexpr,
+          NV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MANY: tl.constexpr,
+          RING: tl.constexpr, PIECES: tl.constexpr, LEAVE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """D the drafts that a slot can keep; MANY: a row may have more than one token; `places` that each row has in x and
     y, where all have equally many, else 0; RING: write the span's inputs to the ring."""
     tl.static_assert(PIECES == 1 or not MANY)
@@ -225,7 +227,10 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, start
             tl.store(keep + gate_at, decay)
             tl.store(keep + gate_at + NV, beta)
         out = o * tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * norm * gate
-        tl.store(y + (start + i) * M + head * DV + dv, out.to(y.dtype.element_ty))
+        rounded = out.to(y.dtype.element_ty)
+        tl.store(y + (start + i) * M + head * DV + dv, rounded)
+        if LEAVE:
+            leave_peak(leave, rounded.to(tl.float32), dv < DV)
     if MANY:
         release_next(pdl)
         for i in range(length, places):
@@ -260,6 +265,7 @@ def delta_net(
     pending: torch.Tensor,
     spans: Spans,
     key_heads: int,
+    leave: Handed | None = None,
 ) -> torch.Tensor:
     """Needs four taps, dk and dv powers of two, dense pools."""
     (heads, key, value), (channels, width), rows = state.shape[1:], conv_CW.shape, spans.num_short
@@ -280,10 +286,12 @@ def delta_net(
     aside = tokens > ring - (width - 1)
     launch(
         _step, (heads, rows), x_TE, conv_CW, A_log_N, dt_bias_N, norm_V, eps, state, conv, pending, y_TM,
-        table.starts_R, table.lengths_R, table.contexts_R, table.sources_R, table.slots_R, table.folds_R,
-        table.drafts_R, table.snap_at_R, table.snap_slot_R, x_TE.stride(0),
+        leave.bits_1 if isinstance(leave, Peak) else x_TE, table.starts_R, table.lengths_R, table.contexts_R,
+        table.sources_R, table.slots_R, table.folds_R, table.drafts_R, table.snap_at_R, table.snap_slot_R,
+        x_TE.stride(0),
         tokens if spans.num_tokens == spans.num_rows * tokens else 0, L2=L2_EPS, NK=key_heads, NV=heads, DK=key,
-        DV=value, G=ring, D=depth, MANY=tokens > 1, RING=not aside, **chosen,
+        DV=value, G=ring, D=depth, MANY=tokens > 1, RING=not aside, LEAVE=isinstance(leave, Peak) and len(x_TE) == 1,
+        **chosen,
     )  # fmt: skip
     if aside:
         block = 1024

@@ -56,18 +56,22 @@ def feed(
 
 
 @triton.jit
-def _embed(ids, embed, x, K: tl.constexpr, BLOCK: tl.constexpr, pdl: tl.constexpr):
+def _embed(ids, embed, x, clear, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, pdl: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait_for_inputs(pdl)
     row = tl.load(embed + tl.load(ids + token) * K + k, mask=k < K, other=0.0)
     release_next(pdl)
     tl.store(x + token * K + k, row.to(tl.float32), mask=k < K)
+    if token == 0:
+        tl.store(clear + k, 0, mask=k < C)
 
 
-def embed(*, ids_T: torch.Tensor, embed_VK: torch.Tensor) -> torch.Tensor:
+def embed(*, ids_T: torch.Tensor, embed_VK: torch.Tensor, clear_C: torch.Tensor | None = None) -> torch.Tensor:
     tokens, hidden = len(ids_T), embed_VK.shape[1]
     x_TK = torch.empty((tokens, hidden), dtype=torch.float32, device=embed_VK.device)
     found = parameters("embed", embed_VK, K=hidden)
-    launch(_embed, (tokens, cdiv(hidden, found["BLOCK"])), ids_T, embed_VK, x_TK, K=hidden, **found)
+    clear_C = ids_T[:0] if clear_C is None else clear_C
+    blocks = cdiv(max(hidden, len(clear_C)), found["BLOCK"])
+    launch(_embed, (tokens, blocks), ids_T, embed_VK, x_TK, clear_C, K=hidden, C=len(clear_C), **found)
     return x_TK

@@ -28,12 +28,15 @@ EXACT = "ieee"
 nothing, and AMD's compiler knows no other word that serves everywhere."""
 PDL_OFF = 0
 """Dependent launch (`pdl`): 0 none; 1 the next kernel may start as soon as this one's inputs are there; 2 when its loop
-is done. Never before the wait, so what the kernel before the last one wrote is always visible before a wait."""
+is done: then what the kernel before the last one wrote is visible before a wait. 3 at once, in front of a kernel that
+reads nothing but weights before its wait."""
 
 
 @triton.jit
 def wait_for_inputs(pdl: tl.constexpr):
     """Before the first read of what the kernel before wrote, and the first write."""
+    if pdl == 3:
+        gdc_launch_dependents()
     if pdl > 0:
         gdc_wait()
     if pdl == 1:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from tritium.ops.handed import MOST, MOST_PARTS, Handed, Scaled
 from tritium.ops.kernels.launch import (
     bucket,
     cdiv,
@@ -29,7 +30,7 @@ from tritium.ops.kernels.mlp import silu, silu_mul
 from tritium.ops.kernels.norm import rms_norm
 from tritium.ops.quantized import Quantized, Weight, Weights, row_blocks
 
-FEW = 64
+FEW = MOST
 """The most tokens that are still bound by the weight's bytes."""
 
 
@@ -178,11 +179,13 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
 
 
 @triton.jit(do_not_specialize=["M"])
-def _few(w, x, norm, residual, y, eps, M, x_stride, y_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-         VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
-         GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+def _few(w, x, norm, residual, y, parts, scaled, behind, left, eps, M, x_stride, y_stride, N: tl.constexpr,
+         K: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+         THREADS: tl.constexpr, PREFETCH: tl.constexpr, MOST: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+         RESIDUAL: tl.constexpr, PARTS: tl.constexpr, LEAVE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """VALID results of every token, from a tile of ROWS rows of the weight (gated: one half gate, the other up).
-    PREFETCH tiles may go into the L2 cache before the wait."""
+    PREFETCH tiles may go into the L2 cache before the wait. PARTS: x is a `Scaled`'s, with so many `parts` of its
+    squares; LEAVE: the result's go to `scaled` and `left`."""
     OUT: tl.constexpr = ROWS // 2 if GATED else ROWS
     FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
     EVEN: tl.constexpr = K % DEPTH == 0
@@ -206,7 +209,12 @@ def _few(w, x, norm, residual, y, eps, M, x_stride, y_stride, N: tl.constexpr, K
         _prefetch(w, first, end, K, OUT, 0, PREFETCH * DEPTH, THREADS)
         if GATED:
             _prefetch(w, first + N, end + N, K, OUT, 0, PREFETCH * DEPTH, THREADS)
+    if LEAVE:
+        weight_behind = 1.0 + tl.load(behind + n, mask=n < N, other=0.0)
     wait_for_inputs(pdl)
+    if PARTS > 0:
+        p = tl.arange(0, 1 << (PARTS - 1).bit_length())
+        part = tl.load(parts + p[:, None] * MOST + m[None, :], mask=(p < PARTS)[:, None] & (m < M)[None, :], other=0.0)
     if RESIDUAL:
         before = tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
     for k in tl.range(0, K, DEPTH):
@@ -229,12 +237,19 @@ def _few(w, x, norm, residual, y, eps, M, x_stride, y_stride, N: tl.constexpr, K
     release_next(pdl)
     if NORM:
         total = total * tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[None, :]
+    if PARTS > 0:
+        total = total * tl.rsqrt(tl.sum(part, axis=0) / K + eps)[None, :]
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, TOKENS]), [1, 2, 0]))
         total = silu(gate) * up
     if RESIDUAL:
         total += before
     tl.store(y + m[None, :] * y_stride + n[:, None], total.to(y.dtype.element_ty), mask=kept)
+    if LEAVE:
+        value = (total * weight_behind[:, None]).to(scaled.dtype.element_ty)
+        tl.store(scaled + m[None, :] * N + n[:, None], value, mask=kept)
+        total = tl.where(kept, total, 0.0)
+        tl.store(left + tl.program_id(0) * MOST + m, tl.sum(total * total, axis=0), mask=m < M)
 
 
 @triton.jit
@@ -255,6 +270,8 @@ def linear(
     gated: bool = False,
     residual_MN: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
+    given: Handed | None = None,
+    leave: Handed | None = None,
 ) -> torch.Tensor:
     """y_MN in `dtype`, else in the residual's, else in w's; up to FEW rows are rounded once, to it. All but x (strided
     rows) are contiguous. The result may take the residual's place. Row blocks write their columns, one after the other;
@@ -266,7 +283,7 @@ def linear(
         apart = gated or residual_MN is not None
         p_MJ = x_MK.new_empty(len(x_MK), sum(sizes), dtype=w.dtype if apart else dtype)
         if isinstance(w, Quantized) and len(more) == 1 and isinstance(more[0], torch.Tensor):
-            linear_into(p_MJ, x_MK, w, norm_K, eps, plain_PK=more[0])
+            linear_into(p_MJ, x_MK, w, norm_K, eps, plain_PK=more[0], given=given)
         else:
             for block, columns in zip((w, *more), p_MJ.split(sizes, dim=1)):
                 linear_into(columns, x_MK, block, norm_K, eps)
@@ -275,20 +292,21 @@ def linear(
     if len(x_MK) > FEW and isinstance(w, torch.Tensor):
         return _many(x_MK, w, norm_K, eps, gated, residual_MN).to(dtype)
     y_MN = torch.empty((len(x_MK), w.shape[0] // (1 + gated)), dtype=dtype, device=x_MK.device)
-    linear_into(y_MN, x_MK, w, norm_K, eps, gated, residual_MN)
+    linear_into(y_MN, x_MK, w, norm_K, eps, gated, residual_MN, given=given, leave=leave)
     return y_MN
 
 
 def linear_into(
     y_MN: torch.Tensor, x_MK: torch.Tensor, w_JK: Weight, norm_K: torch.Tensor | None, eps: float, gated: bool = False,
-    residual_MN: torch.Tensor | None = None, plain_PK: torch.Tensor | None = None,
+    residual_MN: torch.Tensor | None = None, plain_PK: torch.Tensor | None = None, given: Handed | None = None,
+    leave: Handed | None = None,
 ) -> None:  # fmt: skip
     """`linear` into y, whose rows may be strided. `plain_PK`: rows behind those of a quantized weight."""
     (M, K), N = x_MK.shape, y_MN.shape[1]
     if isinstance(w_JK, Quantized):
         from tritium.ops.kernels.quantized import quantized
 
-        return quantized(x_MK, w_JK, norm_K, eps, gated, residual_MN, y_MN, plain_PK)
+        return quantized(x_MK, w_JK, norm_K, eps, gated, residual_MN, y_MN, plain_PK, given, leave)
     if M > FEW:
         y_MN.copy_(_many(x_MK, w_JK, norm_K, eps, gated, residual_MN))
         return None
@@ -298,25 +316,36 @@ def linear_into(
         kernel, grid = _one, cdiv(N, rows)
         sizes = {"ROWS": rows, "COLUMNS": found.pop("columns")}
         strides: tuple[int, ...] = ()
+        hands: tuple[torch.Tensor, ...] = ()
     else:
         found = parameters("linear.skinny", w_JK, N=N, K=K, gated=int(gated), M=max(8, bucket(M)))
-        # x · (1 + n) without the rsqrt need not fit into a float16.
-        if not found.pop("fused") or w_JK.dtype == torch.float16:
+        parts = given.parts if isinstance(given, Scaled) else 0
+        fused = found.pop("fused") and w_JK.dtype != torch.float16  # which x (1 + n) without the rsqrt need not fit
+        if isinstance(given, Scaled) and parts:
+            x_MK, norm_K, given.parts = given.x_MK[:M], None, 0
+        elif not fused:
             x_MK, norm_K = _normalised(x_MK, w_JK, norm_K, eps), None
         rows, depth = found.pop("rows"), found.pop("depth")
         valid = _fitting(N, rows // (1 + gated), found.pop("per_core") * target_of(w_JK).cores)
         kernel, grid, strides = _few, cdiv(N, valid), (M, x_MK.stride(0), y_MN.stride(0))
+        hands = (given.squares_PM if isinstance(given, Scaled) else x_MK,)
+        leaves = isinstance(leave, Scaled) and not gated and grid <= MOST_PARTS
+        if isinstance(leave, Scaled) and leaves:
+            hands, leave.parts = (*hands, leave.x_MK, leave.norm_K, leave.squares_PM), grid
+        else:
+            hands = (*hands, x_MK, x_MK, x_MK)
         # float32 goes without tensor cores: a thread holds its operands, so fewer at a time.
         sizes = {
             "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), power_of_2(M)),
-            "DEPTH": max(16, depth // 4) if w_JK.dtype == torch.float32 else depth,
+            "DEPTH": max(16, depth // 4) if w_JK.dtype == torch.float32 else depth, "MOST": MOST, "PARTS": parts,
+            "LEAVE": leaves,
         }  # fmt: skip
     prefetch = found.pop("prefetch", 0)
     # Only a kernel that starts before its inputs are there has anything to gain.
     sizes |= {"THREADS": 32 * found["num_warps"], "PREFETCH": prefetch if found["pdl"] else 0}
     launch(
         kernel, (grid,), w_JK, x_MK, w_JK if norm_K is None else norm_K, w_JK if residual_MN is None else residual_MN,
-        y_MN, eps, *strides, N=N, K=K, GATED=gated, NORM=norm_K is not None, RESIDUAL=residual_MN is not None,
+        y_MN, *hands, eps, *strides, N=N, K=K, GATED=gated, NORM=norm_K is not None, RESIDUAL=residual_MN is not None,
         **sizes, **found,
     )  # fmt: skip
     return None

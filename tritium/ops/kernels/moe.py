@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritium.ops.handed import Handed
 from tritium.ops.kernels.launch import cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.kernels.linear import by_eights
 from tritium.ops.kernels.mlp import silu
@@ -222,6 +223,8 @@ def moe(
     shared_gate_up_SH: Weights,
     shared_down_HS: Weights,
     k: int,
+    given: Handed | None = None,
+    leave: Handed | None = None,
 ) -> torch.Tensor:
     """y_TH float32, as x_TH. All tensors contiguous. One token has a form of its own where all but the router's
     matrices are stored alike. Raises ValueError for routed experts of several row blocks."""
@@ -235,7 +238,7 @@ def moe(
         if all(isinstance(w, torch.Tensor) for w in stored):
             return _one(x_TH, *weights)
         if moe_quantized.serves(stored):
-            return moe_quantized.one(x_TH, *weights)
+            return moe_quantized.one(x_TH, given, leave, *weights)
     from tritium.ops.kernels.moe_grouped import grouped
 
     return grouped(x_TH, *weights)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritium.ops.handed import Handed, Peak
 from tritium.ops.kernels.four_bits import factor_of
 from tritium.ops.kernels.launch import cdiv, launch, parameters, power_of_2, release_next, wait_for_inputs
 from tritium.ops.kernels.mlp import silu
@@ -21,7 +22,9 @@ from tritium.ops.kernels.one_token import (
     as_factors,
     by_token,
     form,
-    largest,
+    handed,
+    leave_peak,
+    left,
     multiplied,
     row_scales,
     rows_by_token,
@@ -46,9 +49,10 @@ def _first(w, scales, base, row, rows, K: tl.constexpr, J: tl.constexpr, COLUMNS
 
 
 @triton.jit
-def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.constexpr, E: tl.constexpr, S: tl.constexpr,
-               ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-               SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+def _route_one(x, norm, router, shared, scales, logits, inner, peak, eps, H: tl.constexpr, E: tl.constexpr,
+               S: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+               GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
+               PEAK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """The first programs: ROWS of gate and up of the shared expert; the others: 2 ROWS rows of the router each."""
     blocks: tl.constexpr = (S + ROWS - 1) // ROWS
     FULL: tl.constexpr = S % ROWS == 0
@@ -62,9 +66,9 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
         up_at, up_scale_at, up_tile, up_scale = _first(shared, scales, base, S + s, rows, H, 2 * S, COLUMNS, KIND,
                                                        GROUP, SHARING, EVEN)  # fmt: skip
         wait_for_inputs(pdl)
-        top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
-        sums, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
-                                      norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
+        sums, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), peak, x,
+                                      norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True,
+                                      PEAK)  # fmt: skip
         release_next(pdl)
         unit = tl.rsqrt(squares / H + eps)
         tl.store(inner + s, (silu(sums[0] * unit) * (sums[1] * unit)).to(inner.dtype.element_ty), mask=rows)
@@ -82,10 +86,10 @@ def _route_one(x, norm, router, shared, scales, logits, inner, eps, H: tl.conste
 
 
 @triton.jit
-def _up_one(x, norm, logits, gate_up, scales, inner, eps, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+def _up_one(x, norm, logits, gate_up, scales, inner, peak, eps, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
             I: tl.constexpr, STRIDE: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr,
             ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr,
-            LARGEST: tl.constexpr, NATIVE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+            LARGEST: tl.constexpr, NATIVE: tl.constexpr, PEAK: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """ROWS of gate and up of the expert of rank j, times its weight."""
     blocks: tl.constexpr = (I + ROWS - 1) // ROWS
     FULL: tl.constexpr = I % ROWS == 0
@@ -109,9 +113,8 @@ def _up_one(x, norm, logits, gate_up, scales, inner, eps, H: tl.constexpr, E: tl
     for _ in range(rank + 1, K):
         value, chosen, key = next_expert(key, expert)
         total += tl.exp(value - first)
-    top = largest(x, norm, H, True, NATIVE) if LARGEST > 0 else 1.0
-    sums, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), top, x,
-                                  norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True)  # fmt: skip
+    sums, squares = rows_by_token((tile, up_tile), (scale, up_scale), (at, up_at), (scale_at, up_scale_at), peak, x,
+                                  norm, rows, H, COLUMNS, KIND, GROUP, LARGEST, NATIVE, FULL, True, PEAK)  # fmt: skip
     release_next(pdl)
     unit = tl.rsqrt(squares / H + eps)
     value = silu(sums[0] * unit) * (sums[1] * unit) * tl.max(mine / total, axis=0)
@@ -170,12 +173,12 @@ def _joined(rows):
 
 
 @triton.jit
-def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_shared, y, H: tl.constexpr, E: tl.constexpr,
-              K: tl.constexpr, RANKS: tl.constexpr, I: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr,
-              LANES: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-              BLOCK_S: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GROUP_S: tl.constexpr,
-              SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
-              pdl: tl.constexpr):  # fmt: skip
+def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_shared, y, leave, behind, H: tl.constexpr,
+              E: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr, I: tl.constexpr, S: tl.constexpr,
+              STRIDE: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr,
+              BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+              GROUP_S: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
+              EARLY: tl.constexpr, LEAVE: tl.constexpr, BEHIND: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """ROWS of the result, all words of weights on their way at once; EARLY: before the wait, as in `moe`, and what the
     shared expert gives, which the kernel before the last one left. A row of all chosen experts is one of RANKS equal
     parts: groups of four words [N], of which a thread holds the bytes and the numbers of x that they meet."""
@@ -226,6 +229,7 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
         tile_scales += (tl.load(scales + row * SCALES + group),)  # type: ignore[assignment]
     row = first + tl.arange(0, ROWS)
     residual = tl.load(x + row, mask=row < H, other=0.0)
+    weight = tl.load(behind + row, mask=row < H, other=0.0) if BEHIND else row * 0.0
     factors, added, unit = _as_factors(inner_shared, 0, at_s, in_s, ROWS, KIND, LARGEST, NATIVE)
     of_shared = _product(tile_s, scale_s, factors, added, unit, KIND, NATIVE)
     residual += tl.sum(tl.reshape(of_shared, [ROWS, G_S]), axis=1) / (1.0 + tl.exp(-gate))
@@ -236,7 +240,10 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
         out += (_product(tiles[r], tile_scales[r], factors, added, unit, KIND, NATIVE),)  # type: ignore[assignment]
     total = tl.reshape(tl.sum(_joined(out), axis=0), [ROWS])
     release_next(pdl)
-    tl.store(y + row, residual + total, mask=row < H)
+    total += residual
+    tl.store(y + row, total, mask=row < H)
+    if LEAVE:
+        leave_peak(leave, total * (1.0 + weight), row < H)
 
 
 def serves(weights: tuple[Any, ...]) -> bool:
@@ -247,34 +254,35 @@ def serves(weights: tuple[Any, ...]) -> bool:
     )
 
 
-def one(x_TH: torch.Tensor, norm_H: torch.Tensor, eps: float, router_FH: torch.Tensor, gate_up_EJH: Quantized,
-        down_EHI: Quantized, shared_gate_up_SH: Quantized, shared_down_HS: Quantized, k: int
-        ) -> torch.Tensor:  # fmt: skip
+def one(x_TH: torch.Tensor, given: Handed | None, leave: Handed | None, norm_H: torch.Tensor, eps: float,
+        router_FH: torch.Tensor, gate_up_EJH: Quantized, down_EHI: Quantized, shared_gate_up_SH: Quantized,
+        shared_down_HS: Quantized, k: int) -> torch.Tensor:  # fmt: skip
     (E, H, I), S = down_EHI.shape, shared_down_HS.shape[1]
     lanes, parts = lanes_of(E)
     logits = x_TH.new_empty(logits_stride(E))
     inner, inner_shared = x_TH.new_empty(k, I, dtype=down_EHI.dtype), x_TH.new_empty(S, dtype=down_EHI.dtype)
     y_TH = torch.empty_like(x_TH)
     bits, e4m3 = down_EHI.scheme.bits, int(down_EHI.scheme.values == torch.float8_e4m3fn)
-    how = by_token(down_EHI)
+    how, (before, *behind), peak = by_token(down_EHI), handed(given, leave, x_TH), isinstance(given, Peak)
 
     route = parameters("quantized.route1", x_TH, H=H, bits=bits)
     _narrowed(route, H)
     programs = cdiv(E + 1, 2 * route["ROWS"]) + cdiv(S, route["ROWS"])
-    launch(_route_one, (programs,), x_TH, norm_H, router_FH, *_stored(shared_gate_up_SH), logits, inner_shared, eps,
-           H=H, E=E, S=S, **form(shared_gate_up_SH), **how, **route)  # fmt: skip
+    launch(_route_one, (programs,), x_TH, norm_H, router_FH, *_stored(shared_gate_up_SH), logits, inner_shared,
+           before, eps, H=H, E=E, S=S, PEAK=peak, **form(shared_gate_up_SH), **how, **route)  # fmt: skip
 
     choice = {"E": E, "K": k, "I": I, "H": H, "STRIDE": len(logits), "LANES": lanes, "PARTS": parts}
     up = parameters("quantized.up1", x_TH, H=H, I=I, bits=bits, e4m3=e4m3)
     _narrowed(up, H)
-    launch(_up_one, (k * cdiv(I, up["ROWS"]),), x_TH, norm_H, logits, *_stored(gate_up_EJH), inner, eps,
-           COPIES=up["num_warps"], **form(gate_up_EJH), **how, **choice, **up)  # fmt: skip
+    launch(_up_one, (k * cdiv(I, up["ROWS"]),), x_TH, norm_H, logits, *_stored(gate_up_EJH), inner, before,
+           eps, COPIES=up["num_warps"], PEAK=peak, **form(gate_up_EJH), **how, **choice, **up)  # fmt: skip
 
     down = parameters("quantized.down1", x_TH, H=H, I=I, bits=bits, e4m3=e4m3)
     launch(_down_one, (cdiv(H, down["ROWS"]),), x_TH, logits, *_stored(down_EHI), *_stored(shared_down_HS),
-           inner, inner_shared, y_TH, S=S, RANKS=power_of_2(k), BLOCK=max(64, power_of_2(I)),
+           inner, inner_shared, y_TH, *behind, S=S, RANKS=power_of_2(k), BLOCK=max(64, power_of_2(I)),
            BLOCK_S=max(64, power_of_2(S)), GROUP_S=form(shared_down_HS)["GROUP"], COPIES=down["num_warps"],
-           EARLY=up["pdl"] == 1 and down["pdl"] > 0, **form(down_EHI), **how, **choice, **down)  # fmt: skip
+           EARLY=up["pdl"] == 1 and down["pdl"] > 0, **left(leave), **form(down_EHI), **how, **choice,
+           **down)  # fmt: skip
     return y_TH
 
 

@@ -1,7 +1,8 @@
 """Rows of a weight in fewer bits by one token, on the vector units, for `quantized` and `moe_quantized`.
 
 Rows are words of 32 bits, unpacked in registers; a thread holds four neighbours of a row. Each program rounds x for
-itself: it finds max |x (1 + n)| while its first words are on their way; the rsqrt of a norm meets the result alone.
+itself, by max |x (1 + n)| which the op that made x has left (`Peak`), or which it finds while its first words are on
+their way; the rsqrt of a norm meets the result alone.
 What a thread has made of its columns goes to those that need it through shared memory.
 
 `KIND`: int8, e4m3, int4, e2m1. `ROUND`: x is rounded to 8 bits of that kind too. Products of int8 are summed as
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from tritium.hw import Target
+from tritium.ops.handed import Handed, Peak
 from tritium.ops.kernels.four_bits import factor_of
 from tritium.ops.kernels.launch import target_of
 from tritium.ops.quantized import LARGEST, Quantized
@@ -90,8 +92,8 @@ def _nibbles(word, KIND: tl.constexpr):
 
 
 @triton.jit
-def _four(x, norm, at, factor, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
-    """Four neighbours a thread of x (1 + n) times a factor, and Σ x² by thread."""
+def _four(x, norm, at, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
+    """Four neighbours a thread of x (1 + n), and Σ x² by thread."""
     if EVEN:
         value = tl.load(x + at).to(tl.float32)
     else:
@@ -102,7 +104,7 @@ def _four(x, norm, at, factor, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.con
             value += value * tl.load(norm + at)
         else:
             value += value * tl.load(norm + at, mask=at < K, other=0.0)
-    return value * factor, squares
+    return value, squares
 
 
 @triton.jit
@@ -131,18 +133,25 @@ def _bytes(four):
 
 
 @triton.jit
-def _token(x, norm, k, factor, K: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
-           KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """`as_factors` of W words' columns of the token from k on, x (1 + n), and Σ x² by word."""
-    PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
+def _columns(x, norm, k, K: tl.constexpr, W: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
+    """The token's columns of W words of PER from k on, x (1 + n) by fours, and Σ x² by word."""
     at = k + tl.arange(0, W)[:, None] * PER + tl.arange(0, 4)[None, :]
-    value, squares = _four(x, norm, at, factor, K, EVEN, NORM)
+    value, squares = _four(x, norm, at, K, EVEN, NORM)
+    values = (value,)
     if PER == 8:
-        high, more = _four(x, norm, at + 4, factor, K, EVEN, NORM)
+        high, more = _four(x, norm, at + 4, K, EVEN, NORM)
+        values += (high,)  # type: ignore[assignment]
         squares += more
-        value = split4(value) + split4(high)
-    out, added = as_factors(value, KIND, ROUND, NATIVE)
-    return out, squares, added
+    return values, squares
+
+
+@triton.jit
+def _factors(values, factor, KIND: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr):
+    """`as_factors` of what `_columns` gives, times a factor."""
+    value = values[0] * factor
+    if len(values) == 2:
+        value = split4(value) + split4(values[1] * factor)
+    return as_factors(value, KIND, ROUND, NATIVE)
 
 
 @triton.jit
@@ -328,13 +337,20 @@ def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constexpr, COLUMNS: tl.constexpr,
+def leave_peak(peak, value, kept):
+    """The largest |value| of those `kept` into a `Peak`: all programs' in the end, in whatever order."""
+    most = tl.max(tl.where(kept, tl.abs(value), 0.0))
+    tl.atomic_max(peak, most.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def rows_by_token(tiles, scales, at, scale_at, peak, x, norm, rows, K: tl.constexpr, COLUMNS: tl.constexpr,
                   KIND: tl.constexpr, GROUP: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
-                  FULL: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+                  FULL: tl.constexpr, NORM: tl.constexpr, PEAK: tl.constexpr):  # fmt: skip
     """Blocks of rows by one token, a [ROWS] of each (x with its norm's rsqrt left out), and Σ x². `at`: pointers to the
     first words of COLUMNS columns of each block, [ROWS, W], `tiles` what is there; `scale_at` and `scales`: so of
-    `row_scales`; `top`: `largest` where x is rounded; `rows`: those of a block that exist, FULL: all. What a step
-    needs of x is made once for all blocks; a block's next words are on their way as soon as these are multiplied."""
+    `row_scales`; PEAK: x's `Peak` is there; `rows`: those of a block that exist, FULL: all. What a step needs of x is
+    made once for all blocks; a block's next words are on their way as soon as these are multiplied."""
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER
@@ -347,9 +363,15 @@ def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constex
     for _ in tl.static_range(BLOCKS):
         total = tl.zeros([rows.shape[0], W // 4], tl.int32 if KIND == "int8" else tl.float32)
         totals += (total,)  # type: ignore[assignment]
-    squares = tl.zeros([W], tl.float32)
+    known = tl.load(peak, cache_modifier=".cg") if PEAK and ROUND else 0
+    top = 1.0 if PEAK or not ROUND else largest(x, norm, K, NORM, NATIVE)
+    values, squares = _columns(x, norm, 0, K, W, PER, LAST > 0 or WHOLE, NORM)
     factor, unit = 1.0, 1.0
     if ROUND:
+        if PEAK:  # which has come together with the first columns
+            top = tl.maximum(known.to(tl.float32, bitcast=True), LEAST)  # type: ignore[union-attr]
+            if known == 0:
+                top = largest(x, norm, K, NORM, NATIVE)
         factor, unit = LARGEST / top, top / LARGEST * (64.0 if NATIVE == QUICK else 1.0)
     elif PER == 8 and NATIVE == QUICK:
         unit = 0.0625 if KIND == "int4" else 0.5
@@ -357,8 +379,7 @@ def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constex
         unit = 2.0**69 if KIND == "int4" else 2.0**68
     for i in tl.range(0, LAST):
         k = (i + 1) * W
-        factors, more, added = _token(x, norm, i * COLUMNS, factor, K, W, True, NORM, KIND, ROUND, NATIVE)
-        squares += more
+        factors, added = _factors(values, factor, KIND, ROUND, NATIVE)
         next_tiles, next_scales, next_totals = (), (), ()
         for j in tl.static_range(BLOCKS):
             product = multiplied(tiles[j], factors, added, KIND, NATIVE)
@@ -371,14 +392,27 @@ def rows_by_token(tiles, scales, at, scale_at, top, x, norm, rows, K: tl.constex
         tiles, totals = next_tiles, next_totals
         if GROUP:
             scales = next_scales
-    factors, more, added = _token(x, norm, LAST * COLUMNS, factor, K, W, WHOLE, NORM, KIND, ROUND, NATIVE)
+        values, more = _columns(x, norm, (i + 1) * COLUMNS, K, W, PER, WHOLE, NORM)
+        squares += more
+    factors, added = _factors(values, factor, KIND, ROUND, NATIVE)
     outs = ()
     for j in tl.static_range(BLOCKS):
         product = multiplied(tiles[j], factors, added, KIND, NATIVE)
         total = totals[j] + (product * factor_of(scales[j]) if GROUP else product)
         out = tl.sum(total, axis=1).to(tl.float32) * unit
         outs += (out if GROUP else out * tl.sum(scales[j], axis=1),)  # type: ignore[assignment]
-    return outs, tl.sum(squares + more)
+    return outs, tl.sum(squares)
+
+
+def handed(given: Handed | None, leave: Handed | None, stand_in: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Arguments of a kernel: x's peak, where to leave the result's, and the norm behind it."""
+    parts = [hand.bits_1 if isinstance(hand, Peak) else stand_in for hand in (given, leave)]
+    return (*parts, leave.norm_K if isinstance(leave, Peak) and leave.norm_K is not None else stand_in)
+
+
+def left(leave: Handed | None) -> dict[str, bool]:
+    """The constexprs that say which of those are there."""
+    return {"LEAVE": isinstance(leave, Peak), "BEHIND": isinstance(leave, Peak) and leave.norm_K is not None}
 
 
 def native(target: Target) -> bool:

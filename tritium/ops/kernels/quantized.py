@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from tritium.hw import Target
+from tritium.ops.handed import Handed, Peak
 from tritium.ops.kernels.four_bits import four_bits
 from tritium.ops.kernels.launch import (
     EXACT,
@@ -37,8 +38,10 @@ from tritium.ops.kernels.one_token import (
     LEAST,
     by_token,
     form,
-    largest,
+    handed,
     largest_of,
+    leave_peak,
+    left,
     native,
     rounded_bits,
     row_scales,
@@ -75,11 +78,11 @@ def _plain(w, x, norm, y, eps, first, N: tl.constexpr, K: tl.constexpr, NORM: tl
 
 
 @triton.jit
-def _rows(program, w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
-          GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
+def _rows(program, w, scales, x, norm, residual, y, peak, leave, behind, eps, N: tl.constexpr, K: tl.constexpr,
+          KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
           ROWS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr,
-          PREFETCH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr
-          ):  # fmt: skip
+          PREFETCH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, PEAK: tl.constexpr,
+          LEAVE: tl.constexpr, BEHIND: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     PER: tl.constexpr = 4 if KIND == "int8" or KIND == "e4m3" else 8
     W: tl.constexpr = COLUMNS // PER
     WIDTH: tl.constexpr = K // PER
@@ -92,7 +95,7 @@ def _rows(program, w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.
     n = first + tl.arange(0, ROWS)
     rows = n < N
     base = w.to(tl.pointer_type(tl.int32)) + (n.to(tl.int64)[:, None] * WIDTH + tl.arange(0, W)[None, :])
-    at, scale_at, tiles, of_rows = (), (), (), ()
+    at, scale_at, tiles, of_rows, weights, before = (), (), (), (), (), ()
     for j in tl.static_range(BLOCKS * (1 + GATED)):
         row = j % BLOCKS * ROWS + j // BLOCKS * N
         words_at, scales_at = base + row * WIDTH, scales + (n + row) // SHARING * G
@@ -104,12 +107,18 @@ def _rows(program, w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.
         _prefetch(w, first, N, WIDTH * 4, ALL, W * 4, PREFETCH * W * 4, THREADS)
         if GATED:
             _prefetch(w + N * WIDTH * 4, first, N, WIDTH * 4, ALL, W * 4, PREFETCH * W * 4, THREADS)
+    for j in tl.static_range(BLOCKS if BEHIND else 0):
+        weight = 1.0 + tl.load(behind + n + j * ROWS, mask=n + j * ROWS < N, other=0.0)
+        weights += (weight,)  # type: ignore[assignment]
     wait_for_inputs(pdl)
-    top = largest(x, norm, K, NORM, NATIVE) if LARGEST > 0 else 1.0
-    outs, squares = rows_by_token(tiles, of_rows, at, scale_at, top, x, norm, rows, K, COLUMNS, KIND, GROUP, LARGEST,
-                                  NATIVE, FULL, NORM)  # fmt: skip
+    for j in tl.static_range(BLOCKS if RESIDUAL else 0):
+        value = tl.load(residual + n + j * ROWS, mask=n + j * ROWS < N, other=0.0).to(tl.float32)
+        before += (value,)  # type: ignore[assignment]
+    outs, squares = rows_by_token(tiles, of_rows, at, scale_at, peak, x, norm, rows, K, COLUMNS, KIND, GROUP, LARGEST,
+                                  NATIVE, FULL, NORM, PEAK)  # fmt: skip
     release_next(pdl)
     scale = 1.0 / tl.sqrt(squares / K + eps) if NORM else 1.0
+    most = tl.zeros([ROWS], tl.float32)
     for j in tl.static_range(BLOCKS):
         out = outs[j] * scale
         spot = n + j * ROWS
@@ -117,24 +126,32 @@ def _rows(program, w, scales, x, norm, residual, y, eps, N: tl.constexpr, K: tl.
         if GATED:
             out = silu(out) * (outs[BLOCKS + j] * scale)
         if RESIDUAL:
-            out += tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
-        tl.store(y + spot, out.to(y.dtype.element_ty), mask=kept)
+            out += before[j]  # type: ignore[misc]
+        rounded = out.to(y.dtype.element_ty)
+        tl.store(y + spot, rounded, mask=kept)
+        if LEAVE:
+            value = rounded.to(tl.float32) * weights[j] if BEHIND else rounded.to(tl.float32)  # type: ignore[misc]
+            most = tl.maximum(most, tl.where(kept, tl.abs(value), 0.0))
+    if LEAVE:
+        leave_peak(leave, most, most >= 0)
 
 
 @triton.jit
-def _one(w, scales, plain, x, norm, residual, y, eps, N: tl.constexpr, PLAIN: tl.constexpr, K: tl.constexpr,
-         KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr, NATIVE: tl.constexpr,
-         ROWS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, PREFETCH: tl.constexpr,
-         GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
-    """BLOCKS times ROWS results of the one token. PREFETCH more tiles go into the L2 cache at once, so that memory is
-    busy while the largest x is looked for. The first programs have the PLAIN results that follow, by rows that are not
-    quantized."""
+def _one(w, scales, plain, x, norm, residual, y, peak, leave, behind, eps, N: tl.constexpr, PLAIN: tl.constexpr,
+         K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, LARGEST: tl.constexpr,
+         NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr,
+         PREFETCH: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, PEAK: tl.constexpr,
+         LEAVE: tl.constexpr, BEHIND: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
+    """BLOCKS times ROWS results of the one token; their largest goes to `leave`, times 1 + `behind`. PREFETCH more
+    tiles go into the L2 cache at once, so that memory is busy while the largest x is looked for. The first programs
+    have the PLAIN results that follow, by rows that are not quantized."""
     FIRST: tl.constexpr = (PLAIN + 1) // 2
     if tl.program_id(0) < FIRST:
         _plain(plain, x, norm, y + N, eps, tl.program_id(0) * 2, PLAIN, K, NORM, pdl)
     else:
-        _rows(tl.program_id(0) - FIRST, w, scales, x, norm, residual, y, eps, N, K, KIND, GROUP, SHARING, LARGEST,
-              NATIVE, ROWS, BLOCKS, COLUMNS, THREADS, PREFETCH, GATED, NORM, RESIDUAL, pdl)  # fmt: skip
+        _rows(tl.program_id(0) - FIRST, w, scales, x, norm, residual, y, peak, leave, behind, eps, N, K, KIND, GROUP,
+              SHARING, LARGEST, NATIVE, ROWS, BLOCKS, COLUMNS, THREADS, PREFETCH, GATED, NORM, RESIDUAL, PEAK, LEAVE,
+              BEHIND, pdl)  # fmt: skip
 
 
 @triton.jit
@@ -402,6 +419,7 @@ def prepare(x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: 
 def quantized(
     x_MK: torch.Tensor, w: Quantized, norm_K: torch.Tensor | None, eps: float, gated: bool,
     residual_MN: torch.Tensor | None, y_MN: torch.Tensor, plain_PK: torch.Tensor | None = None,
+    given: Handed | None = None, leave: Handed | None = None,
 ) -> None:  # fmt: skip
     """`linear` into y, whose rows may be strided. `plain_PK`: rows of the weight that follow, not quantized."""
     (M, K), N, P = x_MK.shape, w.shape[0] // (1 + gated), 0 if plain_PK is None else len(plain_PK)
@@ -423,9 +441,9 @@ def quantized(
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
             _one, (cdiv(P, 2) + cdiv(N, blocks * rows),), values, w.scales, plain, x_MK,
-            x_MK if norm_K is None else norm_K, residual, y_MN, eps, PLAIN=P, NORM=norm_K is not None, ROWS=rows,
-            BLOCKS=blocks, COLUMNS=columns, THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared,
-            **found,
+            x_MK if norm_K is None else norm_K, residual, y_MN, *handed(given, leave, x_MK), eps, PLAIN=P,
+            NORM=norm_K is not None, PEAK=isinstance(given, Peak), **left(leave), ROWS=rows, BLOCKS=blocks,
+            COLUMNS=columns, THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared, **found,
         )  # fmt: skip
         return
     found = parameters("quantized.tile", x_MK, M=_bucket(M), **key)
