@@ -242,7 +242,7 @@ def test_who_makes_a_few_tokens_x_leaves_it_scaled() -> None:
 def test_a_kernel_that_starts_at_once_reads_nothing_but_weights(model: str, scheme: str, rows: int) -> None:
     launches = network(model, rows, scheme)
     behind = {after.kernel.__name__ for x, after in pairwise(launches) if x.options["pdl"] == 3}
-    assert behind <= {"_one", "_few", "_tile", "_route_one"}
+    assert behind <= {"_one", "_few", "_tile", "_route_one", "_rms_norm"}
 
 
 def test_every_op_with_a_kernel_is_launched() -> None:

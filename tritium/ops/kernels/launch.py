@@ -92,8 +92,9 @@ _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
 @contextmanager
 def compiled_ahead(workers: int) -> Iterator[None]:
-    """Launchers called within compile their kernels, side by side, and run none; all are ready at the end."""
-    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+    """Launchers called within compile their kernels, side by side, and run none; all are ready at the end, but those
+    that do not compile, which say so when they are to run."""
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         token = _compiling.set(True)
         try:
             yield

@@ -313,7 +313,7 @@ def row_scales(at, k, rows, WIDTH: tl.constexpr, W: tl.constexpr, GROUP: tl.cons
 @triton.jit
 def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr):
     """max |x (1 + n)| over the columns of a token."""
-    BLOCK: tl.constexpr = 4096 if K > 2048 and not NORM else 2048 if K > 1024 else 1024
+    BLOCK: tl.constexpr = 2048 if K > 1024 else 1024
     if NATIVE > 0 and not NORM and x.dtype.element_ty == tl.bfloat16 and K % 2 == 0:
         pair = tl.arange(0, BLOCK // 2)
         pairs = tl.zeros([BLOCK // 2], tl.int32)
