@@ -17,6 +17,7 @@ from serving import Logits, Served, request
 from tritium.config import EngineConfig
 from tritium.core import Request
 from tritium.engine import Engine
+from tritium.ops.handed import Peak
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
@@ -82,6 +83,17 @@ def test_graphs_change_nothing_in_bfloat16(model: str) -> None:
         for options in ({"enforce_eager": True}, {})
     )
     assert eager == graphs
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("model", ["tritium-dense", "tritium-moe"])
+def test_a_token_is_the_same_whoever_looks_for_the_largest_number(model: str, scheme: str) -> None:
+    told, alone = (load(model, device="cuda", quantize=scheme, enforce_eager=True) for _ in range(2))
+    links = [link[0] for layer in alone.runner.model.layers for part in (layer.mixer, layer.mlp) for link in part.chain]
+    peaks = [arguments.pop("given") for arguments in links if isinstance(arguments.get("given"), Peak)]
+    assert len(peaks) > len(told.runner.model.layers)
+    for i in range(6):
+        assert served(told, [requests(300, 6)[i]]) == served(alone, [requests(300, 6)[i]])
 
 
 def test_nothing_compiles_on_a_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,7 +243,7 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
     total += residual
     tl.store(y + row, total, mask=row < H)
     if LEAVE:
-        leave_peak(leave, total * (1.0 + weight), row < H)
+        leave_peak(leave, total + total * weight, row < H)
 
 
 def serves(weights: tuple[Any, ...]) -> bool:

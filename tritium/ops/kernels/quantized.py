@@ -108,7 +108,7 @@ def _rows(program, w, scales, x, norm, residual, y, peak, leave, behind, eps, N:
         if GATED:
             _prefetch(w + N * WIDTH * 4, first, N, WIDTH * 4, ALL, W * 4, PREFETCH * W * 4, THREADS)
     for j in tl.static_range(BLOCKS if BEHIND else 0):
-        weight = 1.0 + tl.load(behind + n + j * ROWS, mask=n + j * ROWS < N, other=0.0)
+        weight = tl.load(behind + n + j * ROWS, mask=n + j * ROWS < N, other=0.0)
         weights += (weight,)  # type: ignore[assignment]
     wait_for_inputs(pdl)
     for j in tl.static_range(BLOCKS if RESIDUAL else 0):
@@ -130,7 +130,9 @@ def _rows(program, w, scales, x, norm, residual, y, peak, leave, behind, eps, N:
         rounded = out.to(y.dtype.element_ty)
         tl.store(y + spot, rounded, mask=kept)
         if LEAVE:
-            value = rounded.to(tl.float32) * weights[j] if BEHIND else rounded.to(tl.float32)  # type: ignore[misc]
+            value = rounded.to(tl.float32)
+            if BEHIND:
+                value += value * weights[j]  # type: ignore[misc]
             most = tl.maximum(most, tl.where(kept, tl.abs(value), 0.0))
     if LEAVE:
         leave_peak(leave, most, most >= 0)
