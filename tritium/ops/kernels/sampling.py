@@ -212,10 +212,10 @@ def _goal(share, total):
 def _choose(listed, size, k, p, share, FEW: tl.constexpr):
     """Cut and draw among the keys of a short list: the token."""
     c, span = tl.arange(0, FEW), tl.arange(0, 32)
-    key = tl.load(listed + c, mask=c < size, other=0, cache_modifier=".cg")
+    key = tl.where(c < size, tl.load(listed + c), 0)  # into the L1 cache: is_last has emptied it
     ahead = tl.zeros([FEW], tl.int64)  # the weight of larger keys, and behind it how many
     for start in range(0, size, 32):
-        other = tl.load(listed + start + span, mask=start + span < size, other=0, cache_modifier=".cg")[:, None]
+        other = tl.load(listed + start + span, mask=start + span < size, other=0)[:, None]
         ahead += tl.sum(tl.where(other > key[None, :], (other >> _ID_BITS << 9) + 1, 0), 0)
     kept = (key > 0) & ((k <= 0) | ((ahead & 511) < k))
     if p < 1:
@@ -225,7 +225,7 @@ def _choose(listed, size, k, p, share, FEW: tl.constexpr):
     least = tl.min(tl.where(kept, key, -(_NOTHING + 1)))
     upto = tl.zeros([FEW], tl.int64)
     for start in range(0, size, 32):
-        other = tl.load(listed + start + span, mask=start + span < size, other=0, cache_modifier=".cg")[:, None]
+        other = tl.load(listed + start + span, mask=start + span < size, other=0)[:, None]
         first = (other >= least) & ((other & _LAST_ID) >= (key & _LAST_ID)[None, :])
         upto += tl.sum(tl.where(first, other >> _ID_BITS, 0), 0)
     return tl.min(tl.where(kept & (upto > goal), _token(key), _LAST_ID))
@@ -256,11 +256,12 @@ def _weigh(logits, allowed, best, state, tally, listed, sums, seen, token, tempe
     x = _logits(logits, allowed, tl.where(early, column, V), V, MASKED)
     wait_for_inputs(pdl)
     drawn, peak, heat, least = _state(state, temperature + row)
-    k, p = tl.load(top_k + row), tl.load(top_p + row)
+    k, p, largest = tl.load(top_k + row), tl.load(top_p + row), tl.load(best + row * B + block)
+    share = _uniform(tl.load(seed + row), tl.load(position + row))
     cuts = (k > 0) | (p < 1)
     if drawn:
         total = tl.full((), 0, tl.int64)
-        if _weight(_logit(tl.load(best + row * B + block)), peak, heat) >= least >> _ID_BITS:
+        if _weight(_logit(largest), peak, heat) >= least >> _ID_BITS:
             if not early:
                 x = _logits(logits, allowed, column, V, MASKED)
             weight = _weight(x, peak, heat)
@@ -275,7 +276,6 @@ def _weigh(logits, allowed, best, state, tally, listed, sums, seen, token, tempe
                 if p < 1:
                     tl.atomic_add(entry + 2048, weight, mask=kept, sem="relaxed")
         tl.store(sums + block, total)
-        share = _uniform(tl.load(seed + row), tl.load(position + row))
         if is_last(seen + row, B):
             size = tl.load(state + 2, cache_modifier=".cg").to(tl.int32)
             if not cuts:
