@@ -65,23 +65,24 @@ class Decoder:
             Layer(parameters, f"layers.{i}", config, kind, table_LF2) for i, kind in enumerate(config.layer_types)
         ]
         self.mtp = MtpHead(parameters, config, table_LF2) if config.mtp_layers else None
-        self.peaks = self._handed()
+        self.peaks = self._handed(self.device.type != "cpu")
 
-    def _handed(self) -> torch.Tensor:
-        """Has each op that has one behind it leave for that what it can; what is 0 as a step begins. References on a
-        CPU have no use for it."""
+    def _handed(self, leave: bool) -> torch.Tensor:
+        """Has ops leave for the one behind them what they can, if `leave`: references have no use for it. Gives what is
+        0 as a step begins."""
         chain = [link for layer in self.layers for block in (layer.mixer, layer.mlp) for link in block.chain]
         # Sixteen bytes apart: kernels are compiled for what an address is a multiple of.
         peaks = torch.zeros(4 * len(chain), dtype=torch.int32, device=self.device)
         squares_PM = torch.empty(MOST_PARTS, MOST, device=self.device)
         few = self.embed.new_empty(MOST, self.config.hidden_size), squares_PM
-        for (before, *_), (behind, w, norm_H), bits_4 in zip(chain, chain[1:], peaks.split(4)):
+        for (before, last, _), (behind, w, norm_H), bits_4 in zip(chain, chain[1:], peaks.split(4)):
             hand: Handed | None = None
+            plain = all(isinstance(matrix, torch.Tensor) and matrix.dim() == 2 for matrix in (last, w))
             if w is not None and rounds(w):
                 hand = Peak(bits_4[:1], norm_H)
-            elif isinstance(w, torch.Tensor) and w.dim() == 2 and norm_H is not None and self.dtype != torch.float16:
+            elif plain and norm_H is not None and self.dtype != torch.float16:
                 hand = Scaled(*few, norm_H)
-            if hand is not None and self.device.type != "cpu":
+            if hand is not None and leave:
                 before["leave"] = behind["given"] = hand
         return peaks
 

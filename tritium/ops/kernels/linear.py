@@ -276,6 +276,8 @@ def linear(
     """y_MN in `dtype`, else in the residual's, else in w's; up to FEW rows are rounded once, to it. All but x (strided
     rows) are contiguous. The result may take the residual's place. Row blocks write their columns, one after the other;
     a gate, whose halves lie in different blocks, and a residual come after."""
+    if isinstance(leave, Scaled):
+        leave.parts = 0
     w, *more = row_blocks(w_JK)
     dtype = dtype or (w if residual_MN is None else residual_MN).dtype
     if more:
