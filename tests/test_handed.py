@@ -22,10 +22,12 @@ from checkpoints import Spec, random_checkpoint
 from serving import Logits, Served, request
 
 from tritium.config import EngineConfig
+from tritium.core import TritiumError
 from tritium.engine import Engine
 from tritium.engine.selftest import attest
 from tritium.ops import spec
-from tritium.ops.handed import Peak, Scaled
+from tritium.ops.handed import MOST, MOST_PARTS, Peak, Scaled
+from tritium.ops.linear import linear
 
 INSIDE = pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the test below")
 
@@ -77,11 +79,38 @@ def test_a_networks_kernels_give_the_tokens_of_its_references(moe: bool, tmp_pat
 def test_logits_are_the_same_whoever_looks_for_the_largest_number(tmp_path: Path, monkeypatch: Any) -> None:
     engine = load(random_checkpoint(tmp_path, Spec(moe=True, layer_types="lf")), quantize="int8")
     links = by_kernels(engine, monkeypatch)
+    engine.runner.model.peaks.view(torch.float32).fill_(1e6)  # of a step before: gone as the next one begins
     told, logits = served(engine)
     assert [arguments.pop("given") for arguments in links if isinstance(arguments.get("given"), Peak)]
     alone, others = served(engine)
     assert told == alone
     assert all(torch.equal(row, others[at]) for at, row in logits.items())
+
+
+@INSIDE
+def test_the_self_test_looks_at_what_is_left(tmp_path: Path, monkeypatch: Any) -> None:
+    engine = load(random_checkpoint(tmp_path, Spec(layer_types="lf")))
+    by_kernels(engine, monkeypatch)
+    right = linear.kernel
+
+    def spoils(**arguments: Any) -> torch.Tensor:
+        y = right(**arguments)
+        if (leave := arguments.get("leave")) is not None:
+            leave.x_MK.fill_(7.0)
+        return y
+
+    monkeypatch.setitem(vars(linear), "kernel", spoils)
+    with pytest.raises(TritiumError, match=r"linear differs from its reference by .* in scaled"):
+        attest(engine.runner.model, 0)
+
+
+@INSIDE
+@pytest.mark.parametrize(("tokens", "results", "parts"), [(1, 32, 0), (2, 32, 4), (65, 32, 0), (2, 8256, 0)])
+def test_a_product_says_anew_whether_it_left_its_result(tokens: int, results: int, parts: int) -> None:
+    leave = Scaled(torch.zeros(MOST, results), torch.zeros(MOST_PARTS, MOST), torch.zeros(results), parts=5)
+    x_MK, w_JK = torch.ones(tokens, 16), torch.ones(results, 16)
+    linear.kernel(x_MK=x_MK, w_JK=w_JK, residual_MN=torch.zeros(tokens, results), leave=leave)
+    assert leave.parts == parts
 
 
 @pytest.mark.timeout(600)

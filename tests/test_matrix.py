@@ -23,7 +23,7 @@ from triton.compiler import code_generator, make_backend
 from tritium.bench import matrix
 from tritium.hw import NAMED, named
 from tritium.models.config import FULL, LINEAR, parse_config
-from tritium.models.families import family_config
+from tritium.models.families import FAMILY, family_config
 from tritium.ops.kernels.launch import Launch, launch, recorded
 from tritium.ops.kernels.matrix import Compiled, Job, _gpu_target, compile_all, occupancy, violations
 from tritium.ops.spec import all_ops
@@ -224,25 +224,30 @@ def network(model: str, rows: int, scheme: str) -> list[Launch]:
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 @pytest.mark.parametrize("model", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
 def test_who_makes_one_tokens_x_leaves_its_largest(model: str, scheme: str) -> None:
-    rounding = [x.options for x in network(model, 1, scheme) if x.options.get("LARGEST") and "PEAK" in x.options]
-    alone = [x["N"] for x in rounding if not x["PEAK"]]
-    assert alone == [rounding[0]["N"], 248320]  # the first layer's, and the head
-    assert len(rounding) >= 6
+    launches = network(model, 1, scheme)
+    rounding = [x.options for x in launches if x.options.get("LARGEST") and "PEAK" in x.options]
+    assert [x["N"] for x in rounding if not x["PEAK"]] == [248320]  # the head's
+    assert len(rounding) == 13
+    left = [x.kernel.__name__ for x in launches if x.options.get("LEAVE")]
+    mlp = ["_one", "_one", "_one"] if model == "qwen3.6-27b" else ["_one", "_down_one"]
+    assert left == ["_step", *mlp, "_step", *mlp, "_merge", *mlp]
 
 
 def test_who_makes_a_few_tokens_x_leaves_it_scaled() -> None:
     launches = network("qwen3.6-27b", 8, "")
     assert sum(x.kernel.__name__ == "_rms_norm" for x in launches) == 2  # ahead of the first layer, and of the head
-    assert sum(x.options.get("PARTS", 0) > 0 for x in launches) == sum(x.options.get("LEAVE", 0) for x in launches) == 3
+    assert sum(x.options.get("PARTS", 0) > 0 for x in launches) == 5
+    assert sum(x.options.get("LEAVE", 0) for x in launches) == 6  # the last layer's, too, so that there is one form
 
 
 @pytest.mark.parametrize("scheme", ["", "int8", "fp8", "int4"])
-@pytest.mark.parametrize("model", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
-@pytest.mark.parametrize("rows", [1, 8])
-def test_a_kernel_that_starts_at_once_reads_nothing_but_weights(model: str, scheme: str, rows: int) -> None:
-    launches = network(model, rows, scheme)
-    behind = {after.kernel.__name__ for x, after in pairwise(launches) if x.options["pdl"] == 3}
-    assert behind <= {"_one", "_few", "_tile", "_route_one", "_rms_norm"}
+def test_what_starts_before_the_wait_of_the_one_ahead_reads_nothing_but_weights(scheme: str) -> None:
+    """All models, for an entry of launch parameters serves the nearest sizes, too."""
+    for model in FAMILY:
+        launches = [x for _, x in matrix.launches(model, "sm_90", [matrix.Step(decode=n) for n in (1, 8)], scheme)]
+        behind = {f"{after.kernel.__module__.rpartition('.')[2]}.{after.kernel.__name__}"
+                  for x, after in pairwise(launches) if x.options["pdl"] == 3}  # fmt: skip
+        assert behind <= {"linear._one", "quantized._one", "moe_quantized._route_one", "norm._rms_norm"}, model
 
 
 def test_every_op_with_a_kernel_is_launched() -> None:
@@ -252,19 +257,22 @@ def test_every_op_with_a_kernel_is_launched() -> None:
     assert modules <= launched, modules - launched
 
 
-@pytest.mark.parametrize("model", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
-def test_nothing_is_left_to_be_compiled_on_a_request(model: str, seed: int) -> None:
+@pytest.mark.parametrize(("model", "scheme"), [
+    ("qwen3.6-27b", ""), ("qwen3.6-35b-a3b", ""), ("qwen3.6-27b", "int8"), ("qwen3.6-35b-a3b", "fp8"),
+])  # fmt: skip
+def test_nothing_is_left_to_be_compiled_on_a_request(model: str, scheme: str, seed: int) -> None:
     """Kernels of random steps are among those that a start compiles: any rows, drafts, ends of prompts and prompts."""
-    config = replace(parse_config(family_config(model) or {}), layer_types=(LINEAR, FULL))
-    runner = Runner(*matrix.stand_in(config), run_head=True)
+    config = replace(parse_config(family_config(model) or {}), layer_types=(LINEAR, LINEAR, LINEAR, FULL) * 2)
+    decoder, caches = matrix.stand_in(matrix.in_scheme(config, scheme), named("sm_90").features)
+    runner = Runner(decoder, caches, run_head=True)
     with recorded("sm_90") as found:
         runner.compile(16, 3, 8192, 1)
     ready = {Job.of(launch, "sm_90").key for launch in found}
     rng = random.Random(seed)
-    for _ in range(60):
+    for _ in range(30):
         short = [rng.choice((1, 1, 1, 2, 3, 4, rng.randint(5, 16))) for _ in range(rng.randrange(17))]
         long = [rng.choice((rng.randint(17, 400), rng.randint(400, 2100))) for _ in range(rng.randrange(not short, 4))]
         with recorded("sm_90") as found:
-            runner._walk((*short, *long), 64)
+            runner._walk((*short, *long), 64, range(8))
         jobs = [Job.of(launch, "sm_90") for launch in found]
         assert not {job.name: job.settings for job in jobs if job.key not in ready}, (short, long)

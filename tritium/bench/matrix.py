@@ -1,7 +1,7 @@
 """The compile matrix: every kernel that the family launches, in every shipped configuration, for chips not here.
 
-A network of one GDN and one attention layer with tensors of the meta device goes through steps of every kind; what it
-would launch is recorded and compiled. So nothing is listed by hand, and nothing can be forgotten.
+A network of two GDN layers and one of attention with tensors of the meta device goes through steps of every kind; what
+it would launch is recorded and compiled. So nothing is listed by hand, and nothing can be forgotten.
 """
 
 from __future__ import annotations
@@ -87,17 +87,20 @@ def launches(model: str, arch: str, steps: Sequence[Step] = STEPS, scheme: str =
     raw = family_config(model)
     if raw is None:
         raise ConfigError(f"{model} is not a model of the family", hint=", ".join(FAMILY))
-    config = replace(parse_config(raw), layer_types=(LINEAR, FULL))
-    if scheme:  # what fp8 takes by default, which no scheme takes more than, and the head
-        fused = published_names(config)
-        could = {name: name for name in quantizable(config) if name in fused}
-        chosen = select("fp8", (), [name for name in could if name == "lm_head.weight"], could)
-        config = replace(config, schemes=tuple((name, scheme) for name in chosen))
+    config = in_scheme(replace(parse_config(raw), layer_types=(LINEAR, LINEAR, FULL)), scheme)
     decoder, caches = stand_in(config, named(arch).features)
     for step in steps:
         with recorded(arch) as found:
             _run(decoder, caches, step.batch())
         yield from ((str(step), launch) for launch in found)
+
+
+def in_scheme(config: ModelConfig, scheme: str) -> ModelConfig:
+    """With all that fp8 takes by default, which no scheme takes more than, and the head, in a scheme; "": as it is."""
+    fused = published_names(config)
+    could = {name: name for name in quantizable(config) if name in fused}
+    chosen = select("fp8", (), [name for name in could if name == "lm_head.weight"], could) if scheme else ()
+    return replace(config, schemes=tuple((name, scheme) for name in chosen))
 
 
 def stand_in(config: ModelConfig, features: frozenset[str] | None = None) -> tuple[Decoder, list[Any]]:

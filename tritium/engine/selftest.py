@@ -17,6 +17,7 @@ import torch
 from tritium.core import TritiumError
 from tritium.models.decoder import Decoder, allocate_caches
 from tritium.nn.batch import ForwardBatch
+from tritium.ops.handed import Peak, Scaled
 from tritium.ops.sampling import sample
 from tritium.ops.spans import Spans
 from tritium.ops.spec import Op, witnessed
@@ -34,7 +35,8 @@ def attest(model: Decoder, drafts: int) -> dict[str, float]:
     begin, found = time.perf_counter(), dict[str, float]()
 
     def compared(op: Op, arguments: dict[str, Any]) -> Any:
-        mine, other = _copied(arguments), _copied(arguments)
+        hands = {name: x.aside() for name, x in arguments.items() if isinstance(x, (Peak, Scaled))}
+        mine, other = _copied(arguments), _copied(arguments) | hands
         returned = op.kernel(**mine)
         want = op.spec.results(other, op.reference(**other))
         for name, value in op.spec.results(mine, returned).items():

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tritium.models.config import FULL, ModelConfig
 from tritium.models.rope import inverse_frequencies
-from tritium.nn.batch import AttentionCache, ForwardBatch, GdnCache, LayerCache, Parameters
+from tritium.nn.batch import AttentionCache, Chain, ForwardBatch, GdnCache, LayerCache, Parameters
 from tritium.nn.mixers import Attention, GatedDeltaNet
 from tritium.nn.mlps import Mlp, SparseMoe
 from tritium.ops.feed import embed
@@ -69,13 +69,14 @@ class Decoder:
 
     def _handed(self, leave: bool) -> torch.Tensor:
         """Has ops leave for the one behind them what they can, if `leave`: references have no use for it. Gives what is
-        0 as a step begins."""
+        0 as a step begins. So that kernels have one form, the first product is told of a peak that nobody leaves, and
+        the last one leaves what nobody takes."""
         chain = [link for layer in self.layers for block in (layer.mixer, layer.mlp) for link in block.chain]
+        links: Chain = [({}, None, None), *chain, ({}, chain[0][1], self.norm)]
         # Sixteen bytes apart: kernels are compiled for what an address is a multiple of.
-        peaks = torch.zeros(4 * len(chain), dtype=torch.int32, device=self.device)
-        squares_PM = torch.empty(MOST_PARTS, MOST, device=self.device)
-        few = self.embed.new_empty(MOST, self.config.hidden_size), squares_PM
-        for (before, last, _), (behind, w, norm_H), bits_4 in zip(chain, chain[1:], peaks.split(4)):
+        peaks = torch.zeros(4 * len(links), dtype=torch.int32, device=self.device)
+        few = self.embed.new_empty(MOST, self.config.hidden_size), torch.empty(MOST_PARTS, MOST, device=self.device)
+        for (before, last, _), (behind, w, norm_H), bits_4 in zip(links, links[1:], peaks.split(4)):
             hand: Handed | None = None
             plain = all(isinstance(matrix, torch.Tensor) and matrix.dim() == 2 for matrix in (last, w))
             if w is not None and rounds(w):

@@ -18,8 +18,8 @@ Parameters = Mapping[str, Any]
 """Parameters by name, as docs/architecture.md lists them: vectors and embeddings are tensors, all else `Weights`."""
 
 Chain = list[tuple[dict[str, Any], Any, torch.Tensor | None]]
-"""A layer's ops that may leave each other a `Peak`, in their order: further arguments, the weight of one that begins
-with a product, and the norm before it."""
+"""A layer's ops that may leave each other something (`ops/handed.py`), in their order: further arguments, the weight of
+one that begins with a product, and the norm before it."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Shapes: M tokens, K inputs of the product behind, P programs of the op before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ class Peak(NamedTuple):
 
     bits_1: torch.Tensor
     norm_K: torch.Tensor | None = None
+
+    def aside(self) -> Peak:
+        """For a reference, which would leave its own in the same place."""
+        return self._replace(bits_1=self.bits_1.clone())
 
     def leave(self, y_MK: torch.Tensor) -> None:
         """What a kernel does, for one token."""
@@ -40,6 +44,9 @@ class Scaled:
     norm_K: torch.Tensor
     parts: int = 0
 
+    def aside(self) -> Scaled:
+        return replace(self, x_MK=self.x_MK.clone(), squares_PM=self.squares_PM.clone())
+
     def leave(self, y_MK: torch.Tensor) -> None:
         """What a kernel does, in one part."""
         self.x_MK[: len(y_MK)], self.parts = y_MK * (1.0 + self.norm_K), 1
@@ -56,7 +63,7 @@ def left(arguments: dict[str, Any], y_MN: torch.Tensor) -> dict[str, torch.Tenso
         found = leave.bits_1.view(torch.float32).clone()
         leave.leave(y_MN)
         return {"peak": found / leave.bits_1.view(torch.float32)}
-    if isinstance(leave, Scaled):
+    if isinstance(leave, Scaled) and leave.parts:
         squares_M = leave.squares_PM[: leave.parts, : len(y_MN)].sum(0)
         return {"scaled": leave.x_MK[: len(y_MN)].clone(), "squares": squares_M}
     return {}

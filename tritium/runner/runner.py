@@ -82,14 +82,16 @@ class Runner:
         """For tuning: compiles a step with rows of these lengths for each of several sets of launch parameters."""
         from tritium.ops.kernels.launch import compiled_ahead
 
-        with compiled_ahead(workers):
+        with compiled_ahead(workers, ignore_errors=True):
             for parameters in trials:
                 with trial(parameters):
                     self._walk(lengths, len(lengths))
 
     def _walk(self, lengths: tuple[int, ...], draws: int, layers: Sequence[int] = ()) -> None:
-        """Calls all ops of a step, each kind of layer once or these layers, on page 0 and slot 0."""
-        device, layers = self.model.device, layers or self.model.config.first_of_each_kind
+        """Calls all ops of a step, of the layers up to where each kind has been there, or of these, on page 0 and slot
+        0. Layers in a row: what one leaves decides the form of the next one's kernels."""
+        config, device = self.model.config, self.model.device
+        layers = layers or range(min(max(2, max(config.first_of_each_kind) + 1), len(self.model.layers)))
         nothing = (0,) * len(lengths)
         spans = Spans(lengths, nothing, nothing, ((0,) * (16 + max(lengths) // 64),) * len(lengths), device)
         ids_T = torch.zeros(spans.num_tokens, dtype=torch.int64, device=device)

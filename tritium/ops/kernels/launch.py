@@ -53,7 +53,7 @@ def release_next(pdl: tl.constexpr):
 @triton.jit
 def is_last(seen, COUNT: tl.constexpr):
     """Whether all COUNT programs that share a count have come here, which sets it back; what they stored before may
-    then be read past the L1 cache."""
+    then be read: the count is acquired, which empties the L1 cache."""
     tl.debug_barrier()  # all of a program's part is there before it counts
     last = tl.atomic_add(seen, 1, sem="acq_rel") == COUNT - 1
     if last:
@@ -91,10 +91,10 @@ _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
 
 @contextmanager
-def compiled_ahead(workers: int) -> Iterator[None]:
-    """Launchers called within compile their kernels, side by side, and run none; all are ready at the end, but those
-    that do not compile, which say so when they are to run."""
-    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+def compiled_ahead(workers: int, ignore_errors: bool = False) -> Iterator[None]:
+    """Launchers called within compile their kernels, side by side, and run none; all are ready at the end.
+    `ignore_errors`: but those that do not compile, which say so when they are to run."""
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=ignore_errors):
         token = _compiling.set(True)
         try:
             yield

@@ -229,7 +229,8 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
         tile_scales += (tl.load(scales + row * SCALES + group),)  # type: ignore[assignment]
     row = first + tl.arange(0, ROWS)
     residual = tl.load(x + row, mask=row < H, other=0.0)
-    weight = tl.load(behind + row, mask=row < H, other=0.0) if BEHIND else row * 0.0
+    if BEHIND:
+        weight = tl.load(behind + row, mask=row < H, other=0.0)
     factors, added, unit = _as_factors(inner_shared, 0, at_s, in_s, ROWS, KIND, LARGEST, NATIVE)
     of_shared = _product(tile_s, scale_s, factors, added, unit, KIND, NATIVE)
     residual += tl.sum(tl.reshape(of_shared, [ROWS, G_S]), axis=1) / (1.0 + tl.exp(-gate))
@@ -242,8 +243,10 @@ def _down_one(x, logits, down, scales, shared, shared_scales, inner, inner_share
     release_next(pdl)
     total += residual
     tl.store(y + row, total, mask=row < H)
+    if BEHIND:
+        total += total * weight
     if LEAVE:
-        leave_peak(leave, total + total * weight, row < H)
+        leave_peak(leave, total, row < H)
 
 
 def serves(weights: tuple[Any, ...]) -> bool:

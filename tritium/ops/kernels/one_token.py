@@ -339,7 +339,7 @@ def largest(x, norm, K: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def leave_peak(peak, value, kept):
     """The largest |value| of those `kept` into a `Peak`: all programs' in the end, in whatever order."""
-    most = tl.max(tl.where(kept, tl.abs(value), 0.0))
+    most = tl.maximum(tl.max(tl.where(kept, tl.abs(value), 0.0)), 0.0)  # whose bits as a NaN would hide an infinity
     tl.atomic_max(peak, most.to(tl.int32, bitcast=True), sem="relaxed")
 
 
