@@ -66,7 +66,7 @@ def by_kernels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[dict[str
 @INSIDE
 @pytest.mark.parametrize("moe", [False, True])
 def test_a_networks_kernels_give_the_tokens_of_its_references(moe: bool, tmp_path: Path, monkeypatch: Any) -> None:
-    directory = random_checkpoint(tmp_path, Spec(moe=moe, layer_types="lfl"))
+    directory = random_checkpoint(tmp_path, Spec(moe=moe, layer_types="lfl", experts=4))
     want, _ = served(load(directory))
     engine = load(directory)
     links = by_kernels(engine, monkeypatch)
@@ -77,7 +77,7 @@ def test_a_networks_kernels_give_the_tokens_of_its_references(moe: bool, tmp_pat
 
 @INSIDE
 def test_logits_are_the_same_whoever_looks_for_the_largest_number(tmp_path: Path, monkeypatch: Any) -> None:
-    engine = load(random_checkpoint(tmp_path, Spec(moe=True, layer_types="lf")), quantize="int8")
+    engine = load(random_checkpoint(tmp_path, Spec(layer_types="lf")), quantize="int8")
     links = by_kernels(engine, monkeypatch)
     engine.runner.model.peaks.view(torch.float32).fill_(1e6)  # of a step before: gone as the next one begins
     told, logits = served(engine)

@@ -128,7 +128,7 @@ def _expert_bytes(dims: Dims, width: int, size: int) -> int:
 
 
 _QUANTIZED: tuple[Dims, ...] = (
-    {"T": 1, "E": 7, "K": 2, "H": 136, "I": 128, "S": 128},
+    {"T": 1, "E": 7, "K": 2, "H": 136, "I": 128, "S": 128, "handed": 1},
     {"T": 5, "E": 9, "K": 3, "H": 264, "I": 128, "S": 128},
     {"T": 40, "E": 6, "K": 3, "H": 128, "I": 128, "S": 256},
 )
@@ -146,7 +146,6 @@ SPEC = OpSpec(
         {"T": 40, "E": 6, "K": 3, "H": 128, "I": 64, "S": 64},
         {"T": 150, "E": 5, "K": 2, "H": 192, "I": 72, "S": 72},
         *({**dims, "scheme": number} for number in range(1, len(FORMS) + 1) for dims in _QUANTIZED),
-        *({**_QUANTIZED[0], "scheme": number, "handed": 1} for number in (1, 2)),
     ),
     inputs=_inputs,
     results=lambda arguments, returned: {"y_TH": returned, **left(arguments, returned)},
