@@ -22,10 +22,10 @@ from tritium.ops.kernels.one_token import (
     as_factors,
     by_token,
     form,
-    handed,
     leave_peak,
-    left,
     multiplied,
+    peak_arguments,
+    peak_forms,
     row_scales,
     rows_by_token,
     split4,
@@ -266,7 +266,7 @@ def one(x_TH: torch.Tensor, given: Handed | None, leave: Handed | None, norm_H: 
     inner, inner_shared = x_TH.new_empty(k, I, dtype=down_EHI.dtype), x_TH.new_empty(S, dtype=down_EHI.dtype)
     y_TH = torch.empty_like(x_TH)
     bits, e4m3 = down_EHI.scheme.bits, int(down_EHI.scheme.values == torch.float8_e4m3fn)
-    how, (before, *behind), peak = by_token(down_EHI), handed(given, leave, x_TH), isinstance(given, Peak)
+    how, (before, *behind), peak = by_token(down_EHI), peak_arguments(given, leave, x_TH), isinstance(given, Peak)
 
     route = parameters("quantized.route1", x_TH, H=H, bits=bits)
     _narrowed(route, H)
@@ -284,7 +284,7 @@ def one(x_TH: torch.Tensor, given: Handed | None, leave: Handed | None, norm_H: 
     launch(_down_one, (cdiv(H, down["ROWS"]),), x_TH, logits, *_stored(down_EHI), *_stored(shared_down_HS),
            inner, inner_shared, y_TH, *behind, S=S, RANKS=power_of_2(k), BLOCK=max(64, power_of_2(I)),
            BLOCK_S=max(64, power_of_2(S)), GROUP_S=form(shared_down_HS)["GROUP"], COPIES=down["num_warps"],
-           EARLY=up["pdl"] == 1 and down["pdl"] > 0, **left(leave), **form(down_EHI), **how, **choice,
+           EARLY=up["pdl"] == 1 and down["pdl"] > 0, **peak_forms(leave), **form(down_EHI), **how, **choice,
            **down)  # fmt: skip
     return y_TH
 

@@ -404,13 +404,13 @@ def rows_by_token(tiles, scales, at, scale_at, peak, x, norm, rows, K: tl.conste
     return outs, tl.sum(squares)
 
 
-def handed(given: Handed | None, leave: Handed | None, stand_in: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def peak_arguments(given: Handed | None, leave: Handed | None, stand_in: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Arguments of a kernel: x's peak, where to leave the result's, and the norm behind it."""
     parts = [hand.bits_1 if isinstance(hand, Peak) else stand_in for hand in (given, leave)]
     return (*parts, leave.norm_K if isinstance(leave, Peak) and leave.norm_K is not None else stand_in)
 
 
-def left(leave: Handed | None) -> dict[str, bool]:
+def peak_forms(leave: Handed | None) -> dict[str, bool]:
     """The constexprs that say which of those are there."""
     return {"LEAVE": isinstance(leave, Peak), "BEHIND": isinstance(leave, Peak) and leave.norm_K is not None}
 

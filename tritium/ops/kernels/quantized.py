@@ -38,11 +38,11 @@ from tritium.ops.kernels.one_token import (
     LEAST,
     by_token,
     form,
-    handed,
     largest_of,
     leave_peak,
-    left,
     native,
+    peak_arguments,
+    peak_forms,
     rounded_bits,
     row_scales,
     rows_by_token,
@@ -443,8 +443,8 @@ def quantized(
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
             _one, (cdiv(P, 2) + cdiv(N, blocks * rows),), values, w.scales, plain, x_MK,
-            x_MK if norm_K is None else norm_K, residual, y_MN, *handed(given, leave, x_MK), eps, PLAIN=P,
-            NORM=norm_K is not None, PEAK=isinstance(given, Peak), **left(leave), ROWS=rows, BLOCKS=blocks,
+            x_MK if norm_K is None else norm_K, residual, y_MN, *peak_arguments(given, leave, x_MK), eps, PLAIN=P,
+            NORM=norm_K is not None, PEAK=isinstance(given, Peak), **peak_forms(leave), ROWS=rows, BLOCKS=blocks,
             COLUMNS=columns, THREADS=32 * found["num_warps"], PREFETCH=prefetch, **by_token(w), **shared, **found,
         )  # fmt: skip
         return
