@@ -59,7 +59,7 @@ Handed = Peak | Scaled
 def left(arguments: dict[str, Any], y_MN: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a call has left, if it was asked to, for a spec's results: a peak as a share of what it is, 1."""
     leave = arguments.get("leave")
-    if isinstance(leave, Peak):
+    if isinstance(leave, Peak) and len(y_MN) == 1:
         found = leave.bits_1.view(torch.float32).clone()
         leave.leave(y_MN)
         return {"peak": found / leave.bits_1.view(torch.float32)}
