@@ -35,6 +35,7 @@ LANES = [
 PATHS = {
     "shipped": ({}, ((1, 14), (33, 28))),
     "many blocks": ({"block": 32, "room": 64}, ((203, 42),)),
+    "more than k in a block": ({"block": 256, "room": 128}, ((700, 28),)),
     "lists too short": ({"block": 64, "room": 2}, ((203, 28),)),
 }
 """Launch parameters, then sizes."""
