@@ -61,25 +61,8 @@ def is_last(seen, COUNT: tl.constexpr):
     return last
 
 
-@triton.jit
-def added(total, parts, spot, kept, seen, size, PARTS: tl.constexpr):
-    """(the sum of what PARTS programs, along the grid's second axis, have as `total`; whether this is the last of them,
-    which alone has it). It goes over parts [PARTS, size], in their order, so that it is always the same."""
-    tl.store(parts + tl.program_id(1).to(tl.int64) * size + spot, total, mask=kept)
-    last = is_last(seen, PARTS)
-    if last:
-        total = tl.zeros_like(total)
-        for k in tl.static_range(PARTS):
-            total += tl.load(parts + k * size + spot, mask=kept, other=0.0, cache_modifier=".cg")
-    return total, last
-
-
-COUNTS = 1 << 14
-"""The most blocks of results whose columns are split between programs."""
-
-
 @lru_cache
-def counts(device: torch.device, size: int = COUNTS) -> torch.Tensor:
+def counts(device: torch.device, size: int) -> torch.Tensor:
     """Zeros, as `is_last` leaves them."""
     return torch.zeros(size, dtype=torch.int32, device=device)
 

@@ -17,10 +17,8 @@ from torch.nn import functional as F
 
 from tritium.ops.handed import MOST, MOST_PARTS, Handed, Scaled
 from tritium.ops.kernels.launch import (
-    added,
     bucket,
     cdiv,
-    counts,
     launch,
     parameters,
     power_of_2,
@@ -181,14 +179,13 @@ def _one(w, x, norm, residual, y, eps, N: tl.constexpr, K: tl.constexpr, ROWS: t
 
 
 @triton.jit(do_not_specialize=["M"])
-def _few(w, x, norm, residual, y, parts, scaled, behind, left, sums, seen, eps, M, x_stride, y_stride, N: tl.constexpr,
+def _few(w, x, norm, residual, y, parts, scaled, behind, left, eps, M, x_stride, y_stride, N: tl.constexpr,
          K: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-         THREADS: tl.constexpr, PREFETCH: tl.constexpr, MOST: tl.constexpr, EACH: tl.constexpr, GATED: tl.constexpr,
-         NORM: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr, LEAVE: tl.constexpr, pdl: tl.constexpr
-         ):  # fmt: skip
+         THREADS: tl.constexpr, PREFETCH: tl.constexpr, MOST: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+         RESIDUAL: tl.constexpr, PARTS: tl.constexpr, LEAVE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """VALID results of every token, from a tile of ROWS rows of the weight (gated: one half gate, the other up).
     PREFETCH tiles may go into the L2 cache before the wait. PARTS: x is a `Scaled`'s, with so many `parts` of its
-    squares; LEAVE: the result's go to `scaled` and `left`. EACH: columns of a program, see `added`; 0: all."""
+    squares; LEAVE: the result's go to `scaled` and `left`."""
     OUT: tl.constexpr = ROWS // 2 if GATED else ROWS
     FULL: tl.constexpr = (VALID == OUT) and (N % OUT == 0)
     EVEN: tl.constexpr = K % DEPTH == 0
@@ -208,11 +205,10 @@ def _few(w, x, norm, residual, y, parts, scaled, behind, left, sums, seen, eps, 
     if NORM:
         squares = tl.zeros([TOKENS, DEPTH // 8], tl.float32)
     if PREFETCH > 0:
-        FETCHED: tl.constexpr = min(PREFETCH * DEPTH, EACH if EACH else K)
         end = tl.minimum(first + VALID, N)
-        _prefetch(w + tl.program_id(1) * EACH, first, end, K, OUT, 0, FETCHED, THREADS)
+        _prefetch(w, first, end, K, OUT, 0, PREFETCH * DEPTH, THREADS)
         if GATED:
-            _prefetch(w + tl.program_id(1) * EACH, first + N, end + N, K, OUT, 0, FETCHED, THREADS)
+            _prefetch(w, first + N, end + N, K, OUT, 0, PREFETCH * DEPTH, THREADS)
     if LEAVE:
         weight_behind = 1.0 + tl.load(behind + n, mask=n < N, other=0.0)
     wait_for_inputs(pdl)
@@ -221,9 +217,7 @@ def _few(w, x, norm, residual, y, parts, scaled, behind, left, sums, seen, eps, 
         part = tl.load(parts + p[:, None] * MOST + m[None, :], mask=(p < PARTS)[:, None] & (m < M)[None, :], other=0.0)
     if RESIDUAL:
         before = tl.load(residual + spot, mask=kept, other=0.0).to(tl.float32)
-    low = tl.program_id(1) * EACH if EACH else 0
-    high = tl.minimum(low + EACH, K) if EACH else K
-    for k in tl.range(low, high, DEPTH):
+    for k in tl.range(0, K, DEPTH):
         if FULL and EVEN:
             weight = tl.load(w_tile + k, eviction_policy="evict_first")
         elif EVEN:
@@ -248,10 +242,6 @@ def _few(w, x, norm, residual, y, parts, scaled, behind, left, sums, seen, eps, 
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [2, OUT, TOKENS]), [1, 2, 0]))
         total = silu(gate) * up
-    if EACH:
-        total, last = added(total, sums, spot, kept, seen + tl.program_id(0), M * N, (K + EACH - 1) // EACH)
-        M = tl.where(last, M, 0)
-        kept = kept & (m < M)[None, :]
     if RESIDUAL:
         total += before
     tl.store(y + m[None, :] * y_stride + n[:, None], total.to(y.dtype.element_ty), mask=kept)
@@ -325,7 +315,7 @@ def linear_into(
     if M == 1:
         found = parameters("linear.gemv", w_JK, N=N, K=K, gated=int(gated))
         rows = found.pop("rows")
-        kernel, grid = _one, (cdiv(N, rows), 1)
+        kernel, grid = _one, cdiv(N, rows)
         sizes = {"ROWS": rows, "COLUMNS": found.pop("columns")}
         strides: tuple[int, ...] = ()
         hands: tuple[torch.Tensor, ...] = ()
@@ -338,30 +328,25 @@ def linear_into(
         elif not fused:
             x_MK, norm_K = _normalised(x_MK, w_JK, norm_K, eps), None
         rows, depth = found.pop("rows"), found.pop("depth")
-        # float32 goes without tensor cores: a thread holds its operands, so fewer at a time.
-        depth = max(16, depth // 4) if w_JK.dtype == torch.float32 else depth
-        splits = found.pop("splits", 1)
-        splits = 1 if gated or norm_K is not None else splits  # a part has no gate of its own, nor all the squares
-        each = cdiv(cdiv(K, depth), splits) * depth % (cdiv(K, depth) * depth)
-        valid = _fitting(N, rows // (1 + gated), found.pop("per_core") * target_of(w_JK).cores // splits)
-        kernel, grid, strides = _few, (cdiv(N, valid), cdiv(K, each) if each else 1), (M, x_MK.stride(0), y_MN.stride(0))
-        sums = torch.empty((grid[1], M, N), dtype=torch.float32, device=x_MK.device) if each else y_MN
+        valid = _fitting(N, rows // (1 + gated), found.pop("per_core") * target_of(w_JK).cores)
+        kernel, grid, strides = _few, cdiv(N, valid), (M, x_MK.stride(0), y_MN.stride(0))
         hands = (given.squares_PM if isinstance(given, Scaled) else x_MK,)
-        leaves = isinstance(leave, Scaled) and not gated and grid[0] <= MOST_PARTS
+        leaves = isinstance(leave, Scaled) and not gated and grid <= MOST_PARTS
         if isinstance(leave, Scaled) and leaves:
-            hands, leave.parts = (*hands, leave.x_MK, leave.norm_K, leave.squares_PM), grid[0]
+            hands, leave.parts = (*hands, leave.x_MK, leave.norm_K, leave.squares_PM), grid
         else:
             hands = (*hands, x_MK, x_MK, x_MK)
-        hands = (*hands, sums, counts(x_MK.device))
+        # float32 goes without tensor cores: a thread holds its operands, so fewer at a time.
         sizes = {
-            "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), power_of_2(M)), "DEPTH": depth,
-            "EACH": each, "MOST": MOST, "PARTS": parts, "LEAVE": leaves,
+            "ROWS": rows, "VALID": valid, "TOKENS": max(found.pop("tokens"), power_of_2(M)),
+            "DEPTH": max(16, depth // 4) if w_JK.dtype == torch.float32 else depth, "MOST": MOST, "PARTS": parts,
+            "LEAVE": leaves,
         }  # fmt: skip
     prefetch = found.pop("prefetch", 0)
     # Only a kernel that starts before its inputs are there has anything to gain.
     sizes |= {"THREADS": 32 * found["num_warps"], "PREFETCH": prefetch if found["pdl"] else 0}
     launch(
-        kernel, grid, w_JK, x_MK, w_JK if norm_K is None else norm_K, w_JK if residual_MN is None else residual_MN,
+        kernel, (grid,), w_JK, x_MK, w_JK if norm_K is None else norm_K, w_JK if residual_MN is None else residual_MN,
         y_MN, *hands, eps, *strides, N=N, K=K, GATED=gated, NORM=norm_K is not None, RESIDUAL=residual_MN is not None,
         **sizes, **found,
     )  # fmt: skip

@@ -18,12 +18,11 @@ from tritium.hw import Target
 from tritium.ops.handed import Handed, Peak
 from tritium.ops.kernels.four_bits import four_bits
 from tritium.ops.kernels.launch import (
-    COUNTS,
     EXACT,
-    added,
     bucket,
     cdiv,
     counts,
+    is_last,
     launch,
     parameters,
     power_of_2,
@@ -51,6 +50,9 @@ from tritium.ops.kernels.one_token import (
     words,
 )
 from tritium.ops.quantized import Quantized, dequantize
+
+_COUNTS = 1 << 14
+"""The most blocks of results whose columns are split between programs."""
 
 
 @triton.jit
@@ -357,9 +359,14 @@ def _block(program, w, scales, x, x_scales, residual, y, parts, seen, M, N: tl.c
         total = silu(gate) * up
     if EACH:
         spot = m.to(tl.int64)[None, :] * N + n[:, None]
-        size = M.to(tl.int64) * N
-        total, last = added(total, parts, spot, kept, seen + program, size, (K + EACH - 1) // EACH)
-        kept = kept & (m < tl.where(last, M, 0))[None, :]
+        PARTS: tl.constexpr = (K + EACH - 1) // EACH
+        tl.store(parts + tl.program_id(1).to(tl.int64) * M * N + spot, total, mask=kept)
+        if is_last(seen + program, PARTS):
+            total = tl.zeros([OUT, TOKENS], tl.float32)
+            for k in tl.static_range(PARTS):
+                total += tl.load(parts + k * M.to(tl.int64) * N + spot, mask=kept, other=0.0, cache_modifier=".cg")
+        else:
+            kept = kept & False
     if RESIDUAL:
         total += tl.load(residual + m.to(tl.int64)[None, :] * N + n[:, None], mask=kept, other=0.0).to(tl.float32)
     tl.store(y + m.to(tl.int64)[None, :] * Y + n[:, None], total.to(y.dtype.element_ty), mask=kept)
@@ -454,12 +461,12 @@ def quantized(
         splits = 1
     valid = _fitting(N, rows // (1 + gated), per_core * target.cores // splits)
     depth, programs = depth_of(w, depth), cdiv(N, valid) * cdiv(M, tokens)
-    each = cdiv(cdiv(K, depth), splits) * depth % (cdiv(K, depth) * depth) if programs <= COUNTS else 0
+    each = cdiv(cdiv(K, depth), splits) * depth % (cdiv(K, depth) * depth) if programs <= _COUNTS else 0
     splits = cdiv(K, each) if each else 1
     parts_PMN = torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device) if each else y_MN
     launch(
         _tile, (cdiv(P, 16) + programs, splits), values, w.scales, plain, x_MK if h_MK is None else h_MK, q_MK,
-        x_scales, residual, y_MN, parts_PMN, counts(x_MK.device), M, PLAIN=P, Y=y_MN.stride(0), ROUND=most > 0,
+        x_scales, residual, y_MN, parts_PMN, counts(x_MK.device, _COUNTS), M, PLAIN=P, Y=y_MN.stride(0), ROUND=most > 0,
         PACKED=packed(target), PRECISION=EXACT, ROWS=rows, VALID=valid, TOKENS=tokens, DEPTH=depth,
         BAND=found.pop("band"), STAGES=found["num_stages"], THREADS=32 * found["num_warps"], PREFETCH=prefetch,
         EACH=each, **shared, **found,
