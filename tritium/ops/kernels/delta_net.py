@@ -3,8 +3,7 @@
 One program is a value head of a row. It holds the state, dk x dv float32, in registers, first does what the accepted
 drafts do to it, then goes through the tokens of the span: convolution, norms, gates, recurrence, gated norm. What does
 not come from this step's projection is loaded, and folded, before the wait. Large batches of single tokens hold one
-half of dv at a time (PIECES = 2), so that more programs are resident. Of a single row or two, a head's dv is shared out
-between PARTS programs, which find room beside those of the kernels before and behind; the last has the norm.
+half of dv at a time (PIECES = 2), so that more programs are resident.
 
 No program reads what another of the launch writes: a span's ring entries never lie on the W - 1 before it, unless it is
 longer than G - (W - 1), then a second launch writes them; pending inputs are per value head.
@@ -18,16 +17,7 @@ import triton.language as tl
 
 from tritium.ops.gdn import L2_EPS
 from tritium.ops.handed import Handed, Peak
-from tritium.ops.kernels.launch import (
-    bucket,
-    cdiv,
-    counts,
-    is_last,
-    launch,
-    parameters,
-    release_next,
-    wait_for_inputs,
-)
+from tritium.ops.kernels.launch import bucket, cdiv, launch, parameters, release_next, wait_for_inputs
 from tritium.ops.kernels.one_token import leave_peak
 from tritium.ops.spans import Spans
 
@@ -85,13 +75,13 @@ def _before(ring, slot, at, d, size, position, G: tl.constexpr, C: tl.constexpr)
 
 
 @triton.jit
-def _inputs(token, qk_at, v_at, both, dv, whole, head, there, C: tl.constexpr, NV: tl.constexpr, DK: tl.constexpr,
+def _inputs(token, qk_at, v_at, both, dv, head, there, C: tl.constexpr, NV: tl.constexpr, DK: tl.constexpr,
             DV: tl.constexpr):  # fmt: skip
-    """[q, k], v of dims dv, z of the whole head, b, a of a token; zeros where it is not there."""
+    """[q, k], v, z, b, a of one head of a token; zeros where it is not there."""
     value = tl.where(there, DV, 0)
     qk = tl.load(token + qk_at, mask=both < tl.where(there, 2 * DK, 0), other=0.0)
     v = tl.load(token + v_at, mask=dv < value, other=0.0)
-    z = tl.load(token + C + head * DV + whole, mask=whole < value, other=0.0)
+    z = tl.load(token + C + head * DV + dv, mask=dv < value, other=0.0)
     b = tl.load(token + C + NV * DV + head, mask=there, other=0.0)
     a = tl.load(token + C + NV * (DV + 1) + head, mask=there, other=0.0)
     return qk.to(tl.float32), v.to(tl.float32), z.to(tl.float32), b.to(tl.float32), a.to(tl.float32)
@@ -128,33 +118,21 @@ def _advanced(s, q, k, v, by, decay, beta):
     return s + k[:, None] * u[None, :], sq + by * u
 
 
-@triton.jit
-def _finish(o, norm, gate, eps, y, leave, whole, DV: tl.constexpr, LEAVE: tl.constexpr):
-    """The gated norm of a head's output."""
-    rounded = (o * tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * norm * gate).to(y.dtype.element_ty)
-    tl.store(y + whole, rounded)
-    if LEAVE:
-        leave_peak(leave, rounded.to(tl.float32), whole < DV)
-
-
 @triton.jit(do_not_specialize=["places"])
-def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, leave, outs, seen, starts, lengths, contexts,
-          sources, slots, folds, drafts, snap_at, snap_slot, x_stride, places, L2: tl.constexpr, NK: tl.constexpr,
+def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, leave, starts, lengths, contexts, sources,
+          slots, folds, drafts, snap_at, snap_slot, x_stride, places, L2: tl.constexpr, NK: tl.constexpr,
           NV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MANY: tl.constexpr,
-          RING: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, LEAVE: tl.constexpr, pdl: tl.constexpr
-          ):  # fmt: skip
+          RING: tl.constexpr, PIECES: tl.constexpr, LEAVE: tl.constexpr, pdl: tl.constexpr):  # fmt: skip
     """D the drafts that a slot can keep; MANY: a row may have more than one token; `places` that each row has in x and
     y, where all have equally many, else 0; RING: write the span's inputs to the ring."""
-    tl.static_assert(PIECES * PARTS == 1 or not MANY)
-    tl.static_assert(PIECES == 1 or PARTS == 1)
+    tl.static_assert(PIECES == 1 or not MANY)
     C: tl.constexpr = 2 * NK * DK + NV * DV
     M: tl.constexpr = NV * DV
     F: tl.constexpr = NV * (DK + DV + 2)
-    V: tl.constexpr = DV // PARTS
-    E: tl.constexpr = V // PIECES
-    head, row = tl.program_id(0) // PARTS, tl.program_id(1)
+    E: tl.constexpr = DV // PIECES
+    head, row = tl.program_id(0), tl.program_id(1)
     group = head // (NV // NK)
-    first = tl.program_id(0) % (NV // NK * PARTS) == 0
+    first = head % (NV // NK) == 0
     length, context, fold = tl.load(lengths + row), tl.load(contexts + row), tl.load(folds + row)
     source, slot = tl.load(sources + row).to(tl.int64), tl.load(slots + row).to(tl.int64)
     start = tl.load(starts + row).to(tl.int64)
@@ -165,8 +143,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, leave
     there = length > 0
     snaps = there & (to_snap >= 0)
 
-    begin = tl.program_id(0) % PARTS * V
-    dk, dv, e, whole = tl.arange(0, DK), begin + tl.arange(0, V), begin + tl.arange(0, E), tl.arange(0, DV)
+    dk, dv, e = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, E)
     both = tl.arange(0, 2 * DK)  # q and k
     qk_at, v_at = (both // DK * NK + group) * DK + both % DK, 2 * NK * DK + head * DV + dv
     tile = dk[:, None] * DV + e[None, :]
@@ -179,7 +156,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, leave
     v3, v2, v1 = _before(ring, source, v_at, dv, value, context, G, C)
     qka, qkb, qkc, qkd = _weights(conv_w, qk_at)
     va, vb, vc, vd = _weights(conv_w, v_at)
-    norm = tl.load(norm_w + whole)
+    norm = tl.load(norm_w + dv)
     rate, bias = tl.exp(tl.load(A_log + head)), tl.load(dt_bias + head)
     kept = pending + source * (D * F)
     gate_at = NV * (DK + DV) + head
@@ -187,7 +164,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, leave
         fold = tl.where(there, fold, 0)
         s = _folded(s, kept, fold, head * DK + dk, head * DV + e, gate_at, NV, DK, DV)
     wait_for_inputs(pdl)
-    qk0, v0, z0, b0, a0 = _inputs(x + start * x_stride, qk_at, v_at, both, dv, whole, head, there, C, NV, DK, DV)
+    qk0, v0, z0, b0, a0 = _inputs(x + start * x_stride, qk_at, v_at, both, dv, head, there, C, NV, DK, DV)
     tl.debug_barrier()  # every warp has read what this program goes on to overwrite
     if there & ((source != slot) | snaps):
         for back in tl.static_range(3, 0, -1):
@@ -213,8 +190,7 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, leave
         if MANY:  # the next token's inputs, while this one is worked on
             qk3, qk2, qk1, v3, v2, v1 = qk2, qk1, qk0, v2, v1, v0
             following = x + (start + i + 1) * x_stride
-            qk0, v0, z0, b0, a0 = _inputs(following, qk_at, v_at, both, dv, whole, head, i + 1 < length, C, NV, DK,
-                                         DV)  # fmt: skip
+            qk0, v0, z0, b0, a0 = _inputs(following, qk_at, v_at, both, dv, head, i + 1 < length, C, NV, DK, DV)
         q, k = tl.split(tl.permute(tl.reshape(qk, [2, DK]), (1, 0)))
         qq, kk, by = _sums3(q * q, k * k, q * k)
         q_scale, k_scale = tl.rsqrt(qq + L2) * DK**-0.5, tl.rsqrt(kk + L2)
@@ -250,19 +226,15 @@ def _step(x, conv_w, A_log, dt_bias, norm_w, eps, state, ring, pending, y, leave
             tl.store(keep + NV * DK + head * DV + dv, v)
             tl.store(keep + gate_at, decay)
             tl.store(keep + gate_at + NV, beta)
-        to = y + (start + i) * M + head * DV
-        if PARTS > 1:
-            of_head = outs + (row * NV + head) * DV
-            tl.store(of_head + dv, o)
-            if is_last(seen + row * NV + head, PARTS):
-                all_of_it = tl.load(of_head + whole, cache_modifier=".cg")
-                _finish(all_of_it, norm, gate, eps, to, leave, whole, DV, LEAVE)
-        else:
-            _finish(o, norm, gate, eps, to, leave, whole, DV, LEAVE)
+        out = o * tl.rsqrt(tl.sum(o * o, 0) / DV + eps) * norm * gate
+        rounded = out.to(y.dtype.element_ty)
+        tl.store(y + (start + i) * M + head * DV + dv, rounded)
+        if LEAVE:
+            leave_peak(leave, rounded.to(tl.float32), dv < DV)
     if MANY:
         release_next(pdl)
         for i in range(length, places):
-            tl.store(y + (start + i) * M + head * DV + whole, tl.zeros([DV], y.dtype.element_ty))
+            tl.store(y + (start + i) * M + head * DV + dv, tl.zeros([DV], y.dtype.element_ty))
 
 
 @triton.jit
@@ -310,15 +282,13 @@ def delta_net(
         return y_TM
     tokens, ring, table = max(spans.lengths[:rows]), conv.shape[1], spans.table
     name, depth = "delta_net.step" if tokens == 1 else "delta_net.drafts", pending.shape[1]
-    chosen = {"PARTS": 1, **parameters(name, x_TE, heads=heads, rows=bucket(rows), drafts=int(depth > 0))}
-    outs_RM = torch.empty((rows, heads * value), dtype=torch.float32, device=x_TE.device)
-    seen_RN = counts(x_TE.device, bucket(rows) * heads)
+    chosen = parameters(name, x_TE, heads=heads, rows=bucket(rows), drafts=int(depth > 0))
     aside = tokens > ring - (width - 1)
     launch(
-        _step, (heads * chosen["PARTS"], rows), x_TE, conv_CW, A_log_N, dt_bias_N, norm_V, eps, state, conv, pending,
-        y_TM, leave.bits_1 if isinstance(leave, Peak) else x_TE, outs_RM, seen_RN, table.starts_R,
-        table.lengths_R, table.contexts_R, table.sources_R, table.slots_R, table.folds_R, table.drafts_R,
-        table.snap_at_R, table.snap_slot_R, x_TE.stride(0),
+        _step, (heads, rows), x_TE, conv_CW, A_log_N, dt_bias_N, norm_V, eps, state, conv, pending, y_TM,
+        leave.bits_1 if isinstance(leave, Peak) else x_TE, table.starts_R, table.lengths_R, table.contexts_R,
+        table.sources_R, table.slots_R, table.folds_R, table.drafts_R, table.snap_at_R, table.snap_slot_R,
+        x_TE.stride(0),
         tokens if spans.num_tokens == spans.num_rows * tokens else 0, L2=L2_EPS, NK=key_heads, NV=heads, DK=key,
         DV=value, G=ring, D=depth, MANY=tokens > 1, RING=not aside, LEAVE=isinstance(leave, Peak) and len(x_TE) == 1,
         **chosen,
