@@ -10,8 +10,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tritium.api import LLM, Limits, Session
+from tritium.api.door import Door
+from tritium.api.drive import EngineThread
+from tritium.chat import ChatFormat
 from tritium.core import (
     PAGE_TOKENS,
     CacheCall,
@@ -27,8 +31,25 @@ from tritium.core import (
 from tritium.models.config import ModelConfig, parse_config
 from tritium.models.families import family_config
 
+if TYPE_CHECKING:
+    from tritium.engine import Engine
+
 Script = Callable[[Request], Sequence[int]]
 """The ids that a request is answered with. They end in an eos id when the "model" means to stop."""
+
+
+def llm_over(engine: ScriptedEngine | Engine, chat: ChatFormat, *, seed: int | None = None) -> LLM:
+    """The offline door to an engine that exists."""
+    llm = LLM.__new__(LLM)
+    llm._engine, llm.door = engine, Door(engine, chat, seed=seed)
+    return llm
+
+
+def session_over(
+    engine: ScriptedEngine | Engine, chat: ChatFormat, *, seed: int | None = None, limits: Limits | None = None
+) -> Session:
+    """The async one."""
+    return Session(EngineThread(engine), Door(engine, chat, seed=seed), limits=limits)
 
 
 def echo_script(request: Request) -> Sequence[int]:

@@ -15,7 +15,7 @@ import anthropic
 import httpx
 import openai
 from byte_chat import byte_chat_format
-from scripted import ScriptedEngine
+from scripted import ScriptedEngine, session_over
 from starlette.routing import Route
 
 from tritium.api import Limits, Session
@@ -106,7 +106,7 @@ def served(engine: Engine | ScriptedEngine, chat: ChatFormat = CHAT, model: str 
     tracer = options.pop("tracer", None)
     settings = server_settings(**options)
     listener = listen("127.0.0.1", 0)
-    session = Session.over(engine, chat, seed=0, limits=settings.limits)
+    session = session_over(engine, chat, seed=0, limits=settings.limits)
     server = Server(session, [model], settings, tracer)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

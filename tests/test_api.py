@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import pytest
 from byte_chat import byte_chat_format
-from scripted import ScriptedEngine
+from scripted import ScriptedEngine, llm_over, session_over
 
 from tritium.api import LLM, Completion, ContextLengthError, Session, TextOptions
 from tritium.core import ConfigError, EngineDeadError, FinishReason, RequestError, SamplingParams
@@ -39,7 +39,7 @@ async def collect(events) -> list[Completion]:
 
 def through_session(engine: ScriptedEngine, prompt, sampling: SamplingParams, **options) -> list[Completion]:
     async def run() -> list[Completion]:
-        async with Session.over(engine, CHAT, seed=0) as session:
+        async with session_over(engine, CHAT, seed=0) as session:
             return await collect(session.generate(prompt, sampling, **options))
 
     return asyncio.run(run())
@@ -49,25 +49,25 @@ def through_session(engine: ScriptedEngine, prompt, sampling: SamplingParams, **
 
 
 def test_text_in_text_out_with_exact_usage():
-    [done] = LLM.over(says("Hello"), CHAT).generate("Hi")
+    [done] = llm_over(says("Hello"), CHAT).generate("Hi")
     assert (done.text, done.finish_reason, done.stop_reason) == ("Hello", FinishReason.STOP, EOS)
     assert done.token_ids == [*b"Hello", EOS]
     assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (2, 6)  # eos counts, but has no text
 
 
 def test_ids_in_ids_out():
-    [done] = LLM.over(ScriptedEngine(**BYTES), CHAT).generate([72, 105])
+    [done] = llm_over(ScriptedEngine(**BYTES), CHAT).generate([72, 105])
     assert done.prompt_ids == [72, 105]
     assert done.token_ids == [72, 105, EOS]
 
 
 def test_max_tokens_ends_with_length():
-    [done] = LLM.over(says("Hello"), CHAT).generate("Hi", SamplingParams(max_tokens=3))
+    [done] = llm_over(says("Hello"), CHAT).generate("Hi", SamplingParams(max_tokens=3))
     assert (done.text, done.finish_reason, done.usage.completion_tokens) == ("Hel", FinishReason.LENGTH, 3)
 
 
 def test_prompts_and_samplings_are_paired():
-    llm = LLM.over(ScriptedEngine(**BYTES), CHAT)
+    llm = llm_over(ScriptedEngine(**BYTES), CHAT)
     done = llm.generate(["abc", "xyz"], [SamplingParams(max_tokens=1), SamplingParams(max_tokens=2)])
     assert [completion.text for completion in done] == ["a", "xy"]
     with pytest.raises(RequestError, match="2 prompts need one sampling or 2, got 3"):
@@ -75,7 +75,7 @@ def test_prompts_and_samplings_are_paired():
 
 
 def test_n_is_n_separate_seeds():
-    llm = LLM.over(rambles(), CHAT)
+    llm = llm_over(rambles(), CHAT)
     together = llm.generate("x", SamplingParams(n=4, seed=7, max_tokens=50))
     apart = [llm.generate("x", SamplingParams(seed=7 + i, max_tokens=50))[0] for i in range(4)]
     assert [done.token_ids for done in together] == [done.token_ids for done in apart]
@@ -83,7 +83,7 @@ def test_n_is_n_separate_seeds():
 
 
 def test_requests_without_a_seed_differ_and_follow_the_engine_seed():
-    first, second = (LLM.over(rambles(), CHAT, seed=3).generate(["x", "x"], SamplingParams(max_tokens=20))
+    first, second = (llm_over(rambles(), CHAT, seed=3).generate(["x", "x"], SamplingParams(max_tokens=20))
                      for _ in range(2))
     assert [done.token_ids for done in first] == [done.token_ids for done in second]
     assert first[0].token_ids != first[1].token_ids
@@ -92,7 +92,7 @@ def test_requests_without_a_seed_differ_and_follow_the_engine_seed():
 def test_chat_splits_reasoning_and_tool_calls():
     call = "<tool_call>\n<function=clock>\n<parameter=zone>\nUTC\n</parameter>\n</function>\n</tool_call>"
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}]
-    llm = LLM.over(says("hmm\n</think>\n\n" + call), CHAT)
+    llm = llm_over(says("hmm\n</think>\n\n" + call), CHAT)
     [done] = llm.chat([{"role": "user", "content": "What time is it?"}], tools=tools)
     assert done.reasoning == "hmm"
     assert done.text == ""
@@ -102,21 +102,21 @@ def test_chat_splits_reasoning_and_tool_calls():
 
 
 def test_several_conversations():
-    llm = LLM.over(ScriptedEngine(**BYTES), CHAT)  # repeats the prompt up to the end of its first message
+    llm = llm_over(ScriptedEngine(**BYTES), CHAT)  # repeats the prompt up to the end of its first message
     talks = [[{"role": "user", "content": text}] for text in ("one", "two")]
     assert [done.reasoning for done in llm.chat(talks)] == ["user\none", "user\ntwo"]
 
 
 def test_defaults_come_from_generation_config():
     config = {"temperature": 0.6, "top_k": 20, "top_p": None, "transformers_version": "5"}
-    llm = LLM.over(ScriptedEngine(**BYTES, generation_defaults=config), CHAT)
+    llm = llm_over(ScriptedEngine(**BYTES, generation_defaults=config), CHAT)
     assert llm.default_sampling(top_k=5, seed=None) == SamplingParams(temperature=0.6, top_k=5)
-    greedy = LLM.over(ScriptedEngine(**BYTES, generation_defaults={"do_sample": False, "temperature": 0.6}), CHAT)
+    greedy = llm_over(ScriptedEngine(**BYTES, generation_defaults={"do_sample": False, "temperature": 0.6}), CHAT)
     assert greedy.default_sampling().temperature == 0
 
 
 def test_every_eos_id_of_generation_config_ends_a_generation():
-    llm = LLM.over(ScriptedEngine(**BYTES, generation_defaults={"eos_token_id": [98, EOS]}), CHAT)
+    llm = llm_over(ScriptedEngine(**BYTES, generation_defaults={"eos_token_id": [98, EOS]}), CHAT)
     [done] = llm.generate("abc")
     assert (done.text, done.stop_reason) == ("a", 98)
 
@@ -127,13 +127,13 @@ def test_an_interrupted_run_gives_everything_back():
     step = engine.step
     engine.step = lambda: step() if next(steps, None) is not None else (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        LLM.over(engine, CHAT).generate(["a", "b"])
+        llm_over(engine, CHAT).generate(["a", "b"])
     assert not engine.has_work
     assert engine.stats().pages_used == 0
 
 
 def test_progress_goes_to_stderr(capsys):
-    LLM.over(says("x"), CHAT).generate("y", progress=True)
+    llm_over(says("x"), CHAT).generate("y", progress=True)
     out, err = capsys.readouterr()
     assert out == ""
     assert "1/1" in err
@@ -147,7 +147,7 @@ def test_progress_goes_to_stderr(capsys):
 def test_a_stop_string_ends_at_the_token_that_completes_it(chunk, include):
     engine = says("one STOP two", chunk=chunk)
     options = TextOptions(include_stop_str_in_output=include)
-    [done] = LLM.over(engine, CHAT).generate("x", SamplingParams(stop=("never", "STOP")), options=options)
+    [done] = llm_over(engine, CHAT).generate("x", SamplingParams(stop=("never", "STOP")), options=options)
     assert done.text == ("one STOP" if include else "one ")
     assert (done.finish_reason, done.stop_reason) == (FinishReason.STOP, "STOP")
     assert done.usage.completion_tokens == len("one STOP") == len(done.token_ids)
@@ -155,17 +155,17 @@ def test_a_stop_string_ends_at_the_token_that_completes_it(chunk, include):
 
 
 def test_min_tokens_holds_off_stop_strings_and_eos():
-    [done] = LLM.over(says("a.b.c"), CHAT).generate("x", SamplingParams(stop=(".",), min_tokens=3))
+    [done] = llm_over(says("a.b.c"), CHAT).generate("x", SamplingParams(stop=(".",), min_tokens=3))
     assert done.text == "a.b"
 
 
 def test_a_stop_token_is_counted_but_not_shown():
-    [done] = LLM.over(says("abc"), CHAT).generate("x", SamplingParams(stop_token_ids=(98,)))
+    [done] = llm_over(says("abc"), CHAT).generate("x", SamplingParams(stop_token_ids=(98,)))
     assert (done.text, done.stop_reason, done.usage.completion_tokens) == ("a", 98, 2)
 
 
 def test_ignore_eos_goes_on():
-    [done] = LLM.over(says("ab"), CHAT).generate("x", SamplingParams(ignore_eos=True, max_tokens=5))
+    [done] = llm_over(says("ab"), CHAT).generate("x", SamplingParams(ignore_eos=True, max_tokens=5))
     assert (done.finish_reason, done.usage.completion_tokens) == (FinishReason.LENGTH, 5)
 
 
@@ -192,7 +192,7 @@ def test_ignore_eos_goes_on():
 def test_nothing_bad_reaches_the_engine(prompt, fields, message):
     engine = ScriptedEngine(**BYTES, max_model_len=64)
     with pytest.raises(RequestError, match=message) as caught:
-        LLM.over(engine, CHAT).door.prompted(prompt, SamplingParams(**fields))
+        llm_over(engine, CHAT).door.prompted(prompt, SamplingParams(**fields))
     if not isinstance(prompt, list):
         with pytest.raises(RequestError, match=message):
             through_session(engine, prompt, SamplingParams(**fields))
@@ -225,19 +225,19 @@ def test_numbers_out_of_their_range_are_named(field, value, message):
 
 
 def test_a_full_context_is_served():
-    [done] = LLM.over(rambles(max_model_len=64), CHAT).generate("x" * 60, SamplingParams(max_tokens=4))
+    [done] = llm_over(rambles(max_model_len=64), CHAT).generate("x" * 60, SamplingParams(max_tokens=4))
     assert done.usage.completion_tokens == 4
 
 
 def test_images_are_refused():
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
     with pytest.raises(RequestError, match="text only"):
-        LLM.over(says("x"), CHAT).chat(image)
+        llm_over(says("x"), CHAT).chat(image)
 
 
 @pytest.mark.parametrize("text", ["a", "é", "€", "🙂", "\n", " ", "<think>"])
 def test_token_bytes_add_up_to_the_text(text):
-    door = LLM.over(says("x"), CHAT).door
+    door = llm_over(says("x"), CHAT).door
     assert b"".join(door.token_bytes(token) for token in door.encode(text)[0]) == text.encode()
 
 
@@ -247,7 +247,7 @@ def test_token_bytes_add_up_to_the_text(text):
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_streamed_is_offline(chunk, seed):
     sampling = SamplingParams(n=3, seed=seed, max_tokens=40, stop=("q",), logprobs=2, prompt_logprobs=1)
-    offline = LLM.over(rambles(chunk=chunk), CHAT).generate("hello", sampling)
+    offline = llm_over(rambles(chunk=chunk), CHAT).generate("hello", sampling)
     streamed = through_session(rambles(chunk=chunk), "hello", sampling)
     for a, b in zip(offline, streamed, strict=True):
         assert (a.text, a.token_ids, a.finish_reason, a.usage) == (b.text, b.token_ids, b.finish_reason, b.usage)
@@ -256,7 +256,7 @@ def test_streamed_is_offline(chunk, seed):
 
 def test_a_slow_reader_loses_nothing():
     async def run() -> Completion:
-        async with Session.over(says("The quick brown fox. " * 20), CHAT) as session:
+        async with session_over(says("The quick brown fox. " * 20), CHAT) as session:
             done = Completion(0, [])
             async for event in session.generate("x"):
                 done.absorb(event)
@@ -289,7 +289,7 @@ def test_a_sink_and_the_generator_share_a_stream_in_order(busy, seed):
 
     async def run() -> int:
         left = 0
-        async with Session.over(rambles(step_seconds=0.004), CHAT, seed=0) as session:
+        async with session_over(rambles(step_seconds=0.004), CHAT, seed=0) as session:
             async for event in session.generate("x", SamplingParams(seed=seed, max_tokens=400), sink=sink):
                 await asyncio.sleep(busy)
                 done.absorb(event)
@@ -297,7 +297,7 @@ def test_a_sink_and_the_generator_share_a_stream_in_order(busy, seed):
         return left
 
     left = asyncio.run(run())
-    [whole] = LLM.over(rambles(), CHAT).generate("x", SamplingParams(seed=seed, max_tokens=400))
+    [whole] = llm_over(rambles(), CHAT).generate("x", SamplingParams(seed=seed, max_tokens=400))
     assert (done.text, done.token_ids, done.usage) == (whole.text, whole.token_ids, whole.usage)
     assert min(left, sink.taken) > 5
 
@@ -310,7 +310,7 @@ def test_an_answer_whose_sink_fails_ends_alone():
             raise ValueError("torn")
 
     async def run() -> Completion:
-        async with Session.over(rambles(step_seconds=0.001), CHAT, seed=0) as session:
+        async with session_over(rambles(step_seconds=0.001), CHAT, seed=0) as session:
             other = asyncio.ensure_future(collect(session.generate("x", SamplingParams(max_tokens=100))))
             with pytest.raises(ValueError, match="torn"):
                 await collect(session.generate("x", SamplingParams(max_tokens=100), sink=Sink()))
@@ -331,7 +331,7 @@ async def until(condition, seconds: float = 2.0) -> None:
 def test_leaving_early_frees_everything(how):
     async def run() -> None:
         engine = rambles(max_num_seqs=2, step_seconds=0.002)
-        async with Session.over(engine, CHAT) as session:
+        async with session_over(engine, CHAT) as session:
             ended = []
             session.observer = lambda reason, event: ended.append(reason)
             events = session.generate("x", SamplingParams(n=3))  # two run, one waits
@@ -355,7 +355,7 @@ def test_leaving_early_frees_everything(how):
 def test_a_dying_engine_fails_what_runs_and_refuses_what_comes():
     async def run() -> None:
         engine = rambles(die_after=5)
-        async with Session.over(engine, CHAT) as session:
+        async with session_over(engine, CHAT) as session:
             ended = []
             session.observer = lambda reason, event: ended.append(reason)
             results = await asyncio.gather(
@@ -382,7 +382,7 @@ def test_what_the_engine_refuses_is_refused_alone():
             add(request)
 
         engine.add = picky
-        async with Session.over(engine, CHAT) as session:
+        async with session_over(engine, CHAT) as session:
             good, bad = await asyncio.gather(collect(session.generate("A")), collect(session.generate("B")),
                                              return_exceptions=True)
             assert good[0].text == "fine"
@@ -396,7 +396,7 @@ def test_what_the_engine_refuses_is_refused_alone():
 def test_close_aborts_or_drains(drain):
     async def run() -> None:
         engine = says("slow and steady", step_seconds=0.005)
-        session = Session.over(engine, CHAT)
+        session = session_over(engine, CHAT)
         task = asyncio.ensure_future(collect(session.generate("x")))
         await until(lambda: session.stats().running == 1)
         await session.close(drain_seconds=drain)
@@ -415,7 +415,7 @@ def test_random_traffic_is_answered_exactly(seed):
     rng = random.Random(seed)
     samplings = [SamplingParams(seed=i, max_tokens=rng.randint(1, 60), n=rng.randint(1, 3),
                                 stop=rng.choice([(), ("a",), ("\x07b", "e")])) for i in range(60)]
-    alone = [LLM.over(rambles(), CHAT).generate("x", sampling) for sampling in samplings]
+    alone = [llm_over(rambles(), CHAT).generate("x", sampling) for sampling in samplings]
 
     async def client(session: Session, i: int) -> None:
         await asyncio.sleep(rng.random() * 0.1)
@@ -431,7 +431,7 @@ def test_random_traffic_is_answered_exactly(seed):
 
     async def run() -> None:
         engine = rambles(max_num_seqs=8, chunk=2)
-        async with Session.over(engine, CHAT) as session:
+        async with session_over(engine, CHAT) as session:
             await asyncio.gather(*(client(session, i) for i in range(60)))
             await until(lambda: not engine.has_work)
             await until(lambda: session.stats().slots_used == 0)

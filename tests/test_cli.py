@@ -18,7 +18,7 @@ from typing import Any
 import click
 import pytest
 from byte_chat import byte_chat_format
-from scripted import ScriptedEngine
+from scripted import ScriptedEngine, session_over
 
 from tritium.api import Limits, Session
 from tritium.cli import main as main_module
@@ -135,7 +135,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         script.append(chat.decode(request.prompt_ids))
         return [*chat.encode(said), 256]
 
-    monkeypatch.setattr(Session, "load", lambda config: Session.over(ScriptedEngine(answer), chat))
+    monkeypatch.setattr(Session, "load", lambda config: session_over(ScriptedEngine(answer), chat))
     return script
 
 
@@ -211,13 +211,13 @@ def test_chat_survives_a_turn_that_does_not_fit(
 
 SLOW_CHAT = """
 import sys
-from scripted import ScriptedEngine
+from scripted import ScriptedEngine, session_over
 from tritium.api import Session
 from byte_chat import byte_chat_format
 from tritium.cli.main import main
 chat = byte_chat_format()
 said = chat.encode("hm</think>" + "counting... " * 1000)
-Session.load = lambda config: Session.over(ScriptedEngine(lambda request: said, step_seconds=0.01), chat)
+Session.load = lambda config: session_over(ScriptedEngine(lambda request: said, step_seconds=0.01), chat)
 main(["chat"])
 """
 

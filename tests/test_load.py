@@ -9,9 +9,9 @@ import time
 
 import pytest
 from click.testing import CliRunner
+from scripted import session_over
 from served import CHAT, rambles, says, scripted, served
 
-from tritium.api import Session
 from tritium.bench.load import Load, _bucket_quantiles, main, run_load
 from tritium.core import ConfigError, Event, RequestError
 from tritium.server.metrics import Metrics
@@ -108,7 +108,7 @@ def test_the_servers_own_time_is_told():
 
 
 def test_overhead_is_counted_by_token_within_its_bucket():
-    metrics = Metrics(Session.over(says("x"), CHAT))
+    metrics = Metrics(session_over(says("x"), CHAT))
 
     async def render():
         for made_ago, tokens in ((0.0003, 2), (0.02, 1), (0.02, 0), (5.0, 1)):

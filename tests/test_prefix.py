@@ -10,6 +10,7 @@ import pytest
 import torch
 from byte_chat import byte_chat_format
 from checkpoints import edit_config, random_checkpoint
+from scripted import llm_over
 from serving import VOCAB, Logits, again, assemble, mixed_requests, prompt, replace_tokens, request, run, serve
 
 from tritium.api import LLM
@@ -399,7 +400,7 @@ def load(directory: Path, **options: object) -> Engine:
 def llm(tiny: Engine) -> LLM:
     """Over the tiny engine, with nothing cached."""
     tiny.scheduler.reuse.cache.flush()
-    return LLM.over(tiny, CHAT)
+    return llm_over(tiny, CHAT)
 
 
 def ids_of(rng: random.Random, count: int) -> list[int]:
@@ -492,7 +493,7 @@ def common(a: list[int], b: list[int]) -> int:
 def talk(engine: Engine, template: str, rng: random.Random) -> list[tuple[int, int]]:
     """(tokens that no prompt or answer before had, tokens computed) of each request of a chat with tools: 30 turns, the
     last one again, with another last message, and back to an earlier place."""
-    llm, seen, out = LLM.over(engine, byte_chat_format(template)), [list[int]()], []
+    llm, seen, out = llm_over(engine, byte_chat_format(template)), [list[int]()], []
     requests = conversation(rng, 30)
     edited = [*requests[-1][:-1], requests[-1][-1] | {"content": "Something else, then."}]
     for messages in (*requests, requests[-1], edited, requests[12]):
@@ -518,7 +519,7 @@ def test_drafts_cost_at_most_64_tokens_of_it(tmp_path: Path, shared_data: Path, 
     counted = []
     for speculate in ("none", "mtp:3"):
         engine, rng = load(tmp_path, speculate=speculate), random.Random(seed)
-        llm, one, long = LLM.over(engine, CHAT), ids_of(rng, 777), ids_of(rng, 6476)
+        llm, one, long = llm_over(engine, CHAT), ids_of(rng, 777), ids_of(rng, 6476)
         prompts = [one, one + ids_of(rng, 16), *(long + ids_of(rng, count) for count in (40, 376, 1296))]
         prompts += [long[:369] + ids_of(rng, 1) for _ in range(100)]
         counted.append([computed(llm, ids)[0] for ids in prompts] + [count for _, count in talk(engine, template, rng)])
@@ -531,6 +532,6 @@ def test_without_it_nothing_is_reused(tmp_path: Path, seed: int) -> None:
     engine = load(tmp_path, enable_prefix_caching=False)
     assert engine.memory_plan.num_checkpoints == 0
     ids = ids_of(random.Random(seed), 100)
-    assert computed(LLM.over(engine, CHAT), ids, ids, ids) == [100, 100, 100]
+    assert computed(llm_over(engine, CHAT), ids, ids, ids) == [100, 100, 100]
     stats = engine.stats()
     assert (stats.prefix_hit_tokens, stats.pages_cached, stats.checkpoints) == (0, 0, 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from engines import broken, mortal, rambler, slow_rambler, surprised
+from scripted import session_over
 from served import CHAT, rambles
 
 from tritium.api import Session
@@ -66,7 +67,7 @@ def test_another_process_gives_the_same_tokens():
     driver = EngineProcess(rambler)
     assert driver._child.process.pid != os.getpid()
     there = asyncio.run(answers(over(driver)))
-    assert there == asyncio.run(answers(Session.over(rambles(), CHAT, seed=0)))
+    assert there == asyncio.run(answers(session_over(rambles(), CHAT, seed=0)))
     assert gone(driver._child.process.pid)
 
 
@@ -90,7 +91,7 @@ def test_an_announcement_tells_the_streams_of_nothing(direct):
 
     asyncio.run(main())
     assert sum(not event.token_ids for event in events) > 10 or not direct
-    whole = asyncio.run(ask(Session.over(rambles(), CHAT, seed=0), 3))
+    whole = asyncio.run(ask(session_over(rambles(), CHAT, seed=0), 3))
     assert [token for event in events for token in event.token_ids] == whole
 
 

@@ -6,9 +6,7 @@ import json
 from typing import Any
 
 from byte_chat import byte_chat_format
-from scripted import ScriptedEngine
-
-from tritium.api import LLM
+from scripted import ScriptedEngine, llm_over
 
 CHAT = byte_chat_format()
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"type": "integer"}}}}}]
@@ -19,7 +17,7 @@ WROTE = "<tool_call>\n<function=f>\n<parameter=n> 3.0\n</parameter>\n\n</functio
 def turn(**changes: Any) -> tuple[list[int], list[int], list[int]]:
     """-> (prompt, what was written after it, the prompt that the echoed answer makes)."""
     engine = ScriptedEngine(lambda request: [*CHAT.encode(WROTE), 258], eos_ids=(258,))
-    with LLM.over(engine, CHAT) as llm:
+    with llm_over(engine, CHAT) as llm:
         off = {"enable_thinking": False}
         [done] = llm.chat([HELLO], tools=TOOLS, template_kwargs=off)
         [call] = done.tool_calls

@@ -7,18 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from tritium.api.answer import Answer, Completion
-from tritium.api.door import Door, Message, Prompts, TextOptions, load
-from tritium.chat import ChatFormat
+from tritium.api.door import Message, Prompts, TextOptions, load
 from tritium.config import EngineConfig
 from tritium.core import CacheCall, CacheFileError, ConfigError, EngineStats, RequestError, SamplingParams, TritiumError
-
-if TYPE_CHECKING:
-    from tritium.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +35,6 @@ class LLM:
     def load(cls, config: EngineConfig) -> LLM:
         """The same from a configuration."""
         return cls(**asdict(config))
-
-    @classmethod
-    def over(cls, engine: Engine, chat: ChatFormat, *, seed: int | None = None) -> LLM:
-        """An LLM over an engine that exists."""
-        llm = cls.__new__(cls)
-        llm._engine, llm.door = engine, Door(engine, chat, seed=seed)
-        return llm
 
     def generate(self, prompts: Prompts, sampling: SamplingParams | Sequence[SamplingParams] | None = None, *,
                  options: TextOptions | None = None, progress: bool = False) -> list[Completion]:

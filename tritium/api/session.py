@@ -10,14 +10,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from tritium.api.answer import Answer, merge
 from tritium.api.door import Door, Message, Prompts, TextOptions, load, load_engine, load_format
 from tritium.api.drive import Died, EngineThread, Report, Revived
 from tritium.api.gate import Gate, Limits, Ticket
 from tritium.api.process import EngineProcess
-from tritium.chat import ChatFormat
 from tritium.config import EngineConfig
 from tritium.core import (
     CacheCall,
@@ -29,9 +28,6 @@ from tritium.core import (
     TokenEvent,
     TritiumError,
 )
-
-if TYPE_CHECKING:
-    from tritium.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +83,6 @@ class Session:
         driver = EngineProcess(functools.partial(load_engine, config))
         return cls(driver, Door(driver.facts, load_format(config, driver.facts.directory), seed=config.seed),
                    limits=limits)
-
-    @classmethod
-    def over(cls, engine: Engine, chat: ChatFormat, *, seed: int | None = None,
-             limits: Limits | None = None) -> Session:
-        """A session over an engine that exists."""
-        return cls(EngineThread(engine), Door(engine, chat, seed=seed), limits=limits)
 
     def start(self) -> None:
         """Start the engine, bound to the running event loop. `generate` does so when it must."""
