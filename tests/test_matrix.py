@@ -21,13 +21,19 @@ from triton._C.libtriton import ir
 from triton.compiler import code_generator, make_backend
 
 from tritium.bench import matrix
+from tritium.core import SHORT_ROW
+from tritium.engine import selftest
 from tritium.hw import NAMED, named
 from tritium.models.config import FULL, LINEAR, parse_config
 from tritium.models.families import FAMILY, family_config
+from tritium.nn.batch import ForwardBatch
 from tritium.ops.kernels.launch import Launch, launch, recorded
 from tritium.ops.kernels.matrix import Compiled, Job, _gpu_target, compile_all, occupancy, violations
+from tritium.ops.sampling import call_every_form
+from tritium.ops.spans import Spans
 from tritium.ops.spec import all_ops
 from tritium.runner import Runner
+from tritium.runner.runner import PROMPT_LOGITS
 
 
 @triton.jit
@@ -257,22 +263,79 @@ def test_every_op_with_a_kernel_is_launched() -> None:
     assert modules <= launched, modules - launched
 
 
-@pytest.mark.parametrize(("model", "scheme"), [
-    ("qwen3.6-27b", ""), ("qwen3.6-35b-a3b", ""), ("qwen3.6-27b", "int8"), ("qwen3.6-35b-a3b", "fp8"),
+def forms(launches: Iterable[Launch], arch: str, known: dict[object, Job]) -> dict[str, Job]:
+    """What is compiled for these launches, by key. `known`: of launches seen before, by all that may tell two apart."""
+    def told(a: object) -> object:
+        if isinstance(a, torch.Tensor):
+            return a.dtype, a.storage_offset() * a.element_size() % 16
+        return (a == 1, a % 16 == 0, abs(a) >= 2**31) if isinstance(a, int) else a
+
+    found = {}
+    for x in launches:
+        call = (x.kernel, repr([told(a) for a in x.arguments]), repr(sorted(x.options.items())))
+        job = known[call] = known.get(call) or Job.of(x, arch)
+        found[job.key] = job
+    return found
+
+
+def step(runner: Runner, lengths: tuple[int, ...], drafts: int, told: int, rng: random.Random) -> None:
+    """What the runner calls in a step with rows of these lengths, up to 1 + `drafts` tokens of which decode; and for
+    `told` tokens of a prompt whose log-probabilities are asked for."""
+    model, device = runner.model, runner.model.device
+
+    def spans(lengths: tuple[int, ...]) -> Spans:
+        nothing, pages = (0,) * len(lengths), (0,) * rng.randint(1 + max(lengths) // 64, 200)
+        return Spans(lengths, nothing, nothing, (pages,) * len(lengths), device)
+
+    def ids(count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int64, device=device)
+
+    batch = ForwardBatch(ids(sum(lengths)), spans(lengths), ids(1))
+    hidden_TH = model.forward(batch, runner.caches)
+    draws = sum(rng.choice((1, n)) if n <= drafts + 1 else rng.randrange(2) for n in lengths)
+    for count in (draws, told):
+        if count:
+            call_every_form(model.logits(hidden_TH[ids(count)]))
+    if runner.run_head:
+        stays = [rng.randint(1, n) if n <= drafts + 1 else n for n in lengths]
+        followed = tuple(n for n in stays if rng.random() < 0.8) or (stays[0],)
+        guessing = (1,) * rng.randint(1, len(followed))
+        for rows in (followed, guessing):
+            next_ids_T = ids(sum(rows))
+            hidden_TH = model.draft_hidden(hidden_TH[next_ids_T], next_ids_T, spans(rows), runner.caches[-1])
+            call_every_form(model.logits(hidden_TH[ids(rng.randint(1, len(rows)))]))
+
+
+@pytest.mark.parametrize(("arch", "model", "scheme"), [
+    ("sm_90", "qwen3.6-27b", ""), ("sm_90", "qwen3.6-35b-a3b", ""), ("sm_90", "qwen3.6-27b", "int8"),
+    ("sm_90", "qwen3.6-35b-a3b", "fp8"), ("gfx1151", "qwen3.6-27b", "int4"),
 ])  # fmt: skip
-def test_nothing_is_left_to_be_compiled_on_a_request(model: str, scheme: str, seed: int) -> None:
+def test_nothing_is_left_to_be_compiled_on_a_request(arch: str, model: str, scheme: str, seed: int) -> None:
     """Kernels of random steps are among those that a start compiles: any rows, drafts, ends of prompts and prompts."""
     config = replace(parse_config(family_config(model) or {}), layer_types=(LINEAR, LINEAR, LINEAR, FULL) * 2)
-    decoder, caches = matrix.stand_in(matrix.in_scheme(config, scheme), named("sm_90").features)
-    runner = Runner(decoder, caches, run_head=True)
-    with recorded("sm_90") as found:
-        runner.compile(16, 3, 8192, 1)
-    ready = {Job.of(launch, "sm_90").key for launch in found}
-    rng = random.Random(seed)
-    for _ in range(30):
-        short = [rng.choice((1, 1, 1, 2, 3, 4, rng.randint(5, 16))) for _ in range(rng.randrange(17))]
-        long = [rng.choice((rng.randint(17, 400), rng.randint(400, 2100))) for _ in range(rng.randrange(not short, 4))]
-        with recorded("sm_90") as found:
-            runner._walk((*short, *long), 64, range(8))
-        jobs = [Job.of(launch, "sm_90") for launch in found]
-        assert not {job.name: job.settings for job in jobs if job.key not in ready}, (short, long)
+    rng, known = random.Random(seed), dict[object, Job]()
+    for max_rows in (1, 2, 4, 8, 32, 100):
+        drafts = rng.choice((0, 1, 2, 3, 8))
+        budget = rng.choice((max(16, max_rows * (1 + drafts)), 500, 3000, 8192))
+        decoder, caches = matrix.stand_in(matrix.in_scheme(config, scheme), named(arch).features, drafts)
+        runner = Runner(decoder, caches, run_head=drafts > 0)
+        with recorded(arch) as found:
+            runner.compile(max_rows, drafts, budget, 1, also=selftest.steps(drafts))
+        ready = forms(found, arch, known)
+        with recorded(arch) as found:
+            for lengths in selftest.steps(drafts):
+                runner._walk(lengths, 1, config.first_of_each_kind)
+        assert forms(found, arch, known).keys() <= ready.keys()
+        steps = [(n,) for n in range(1, min(budget, 66) if max_rows == 1 else 1)]
+        for _ in range(30):
+            short = rng.randint(0, max_rows)
+            long = min(max_rows - short, rng.randint(not short, 3))
+            lengths = (*(rng.choice((1, 1, 1 + drafts, rng.randint(1, SHORT_ROW))) for _ in range(short)),
+                       *(rng.randint(17, rng.choice((400, 8000))) for _ in range(long)))  # fmt: skip
+            steps += [lengths] if sum(lengths) <= budget else []
+        for lengths in steps:
+            told = min(lengths[-1] - 1, rng.randint(0, PROMPT_LOGITS))
+            with recorded(arch) as found:
+                step(runner, lengths, drafts, told, rng)
+            left = {job.name: job.settings for key, job in forms(found, arch, known).items() if key not in ready}
+            assert not left, (max_rows, drafts, budget, lengths, told)

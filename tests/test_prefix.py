@@ -326,6 +326,23 @@ def test_prompt_logprobs_are_the_same_and_still_feed_the_cache(engine: Engine, s
     assert after.num_cached == 199
 
 
+def test_of_a_long_prompt_not_all_logits_are_there(
+    engine: Engine, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, sizes, logits = prompt(random.Random(seed), 300), [], engine.runner.model.logits
+
+    def counted(hidden_SH: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden_SH))
+        return logits(hidden_SH)
+
+    monkeypatch.setattr(engine.runner.model, "logits", counted)
+    whole = assemble(engine)
+    whole.add(request("told", ids, prompt_logprobs=2, max_tokens=1))
+    [event] = whole.step()
+    assert sizes == [1, 128, 128, 43]
+    assert [about.token for about in event.prompt_logprobs] == list(ids[1:])
+
+
 def test_those_that_arrive_together_compute_what_they_share_once(engine: Engine, seed: int) -> None:
     rng = random.Random(seed + 4)
     shared, other = prompt(rng, 300), prompt(rng, 100)

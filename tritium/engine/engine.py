@@ -80,7 +80,7 @@ class Engine:
         """
         import torch
 
-        from tritium.engine.selftest import attest
+        from tritium.engine import selftest
         from tritium.hw import available_cores, probe
         from tritium.models.checkpoint import find_checkpoint, load_parameters, read_json
         from tritium.models.decoder import Decoder, allocate_caches
@@ -117,9 +117,9 @@ class Engine:
                         force_acceptance=config.benchmark_force_acceptance)
         attested: dict[str, float] = {}
         if target.is_gpu:
-            runner.compile(config.max_num_seqs, speculation.most, limits.max_num_batched_tokens,
-                           workers=available_cores())
-            attested = attest(model, speculation.most)
+            runner.compile(config.max_num_seqs, speculation.most, limits.max_num_batched_tokens, available_cores(),
+                           also=selftest.steps(speculation.most))
+            attested = selftest.attest(model, speculation.most)
             if not config.enforce_eager:
                 runner.capture(config.max_num_seqs, speculation.most, pages_for(plan.max_model_len))
         return cls(

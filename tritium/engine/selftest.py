@@ -1,8 +1,8 @@
 """The self-test at the start: every op in use against its reference, on this very device and at the model's own sizes.
 
 A decode row, one with drafts and a prompt go through the first layer of each kind, with caches of their own; each op
-that a kernel serves is computed by both, from the same inputs. The shapes are among those that `Runner.compile` made
-ready, so that nothing is compiled here.
+that a kernel serves is computed by both, from the same inputs. `Runner.compile` is told of these steps, so that
+nothing is compiled here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 _LARGE = 64 << 20
 """Bytes above which a tensor is a weight, which nobody writes, and is not copied."""
-_PROMPT = 33
+
+
+def steps(drafts: int) -> list[tuple[int, ...]]:
+    """Lengths of the rows of each."""
+    return [(1,), (1, 33), *([(1 + drafts,)] if drafts else [])]
 
 
 def attest(model: Decoder, drafts: int) -> dict[str, float]:
@@ -72,13 +76,10 @@ def _run(model: Decoder, drafts: int, compared: Any) -> None:
             pool.copy_(0.1 * torch.randn(pool.shape, generator=generator, device=model.device))
             if pool.shape[1:2] == (drafts,):  # decays and write strengths of drafts lie between 0 and 1
                 pool.abs_()
-    batches = [
-        Spans((1,), (70,), (1,), ((1, 2),), model.device),
-        Spans((1, _PROMPT), (70, 0), (1, 2), ((1, 2), (3, 4)), model.device),
-    ]
-    if drafts:
-        batches.append(Spans((1 + drafts,), (70,), (1,), ((1, 2),), model.device, folds=(1,), drafts=(drafts,)))
-    for spans in batches:
+    for lengths in steps(drafts):
+        rows, drafted = len(lengths), lengths[0] - 1
+        spans = Spans(lengths, (70, 0)[:rows], (1, 2)[:rows], ((1, 2), (3, 4))[:rows], model.device,
+                      folds=(min(drafted, 1), 0)[:rows], drafts=(drafted, 0)[:rows])  # fmt: skip
         tokens = spans.num_tokens
         ids_T = torch.randint(config.vocab_size, (tokens,), generator=generator, device=model.device)
         with witnessed(compared):

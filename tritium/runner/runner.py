@@ -27,8 +27,8 @@ from tritium.runner.graphs import Graphs, Replay, sizes
 from tritium.runner.states import States
 from tritium.sampling import Sampled, draw, prompt_logprobs
 
-_PROMPTS = (33, 64, 200, 256)
-"""Tokens of prompts to compile for."""
+PROMPT_LOGITS = 128
+"""The most tokens of a prompt whose logits are there at once: 127 MB of them where the vocabulary has 248,320."""
 
 Observer = Callable[[StepPlan, torch.Tensor], None]
 """Called with the plan and the logits after every one of its tokens, [T, V] float32."""
@@ -56,24 +56,29 @@ class Runner:
         """The last of these, in seconds."""
 
     @torch.inference_mode()
-    def compile(self, max_rows: int, drafts: int, max_tokens: int, workers: int) -> None:
+    def compile(
+        self, max_rows: int, drafts: int, max_tokens: int, workers: int, also: Sequence[tuple[int, ...]] = ()
+    ) -> None:
         """Compiles all kernels that steps of up to `max_rows` decode rows and `max_tokens` tokens need, `workers` at a
         time, so that none is compiled on a request; what Triton's cache has is not compiled again. Then runs a short
         prompt some times, so that the first request is not the one to load libraries and fill caches.
 
-        Kernels have other forms for other buckets of rows and tokens, and some for numbers that 16 divides."""
+        A kernel's form goes by the power of two that holds the step's tokens, that which holds its draws, or those that
+        hold its short rows and the longest of them; none goes by two of these. So each is met by itself. `also`:
+        lengths of rows, of steps through the first layer of each kind alone."""
         from tritium.ops.kernels.launch import compiled_ahead
 
         rows, tokens = sizes(max_rows, drafts)
-        prompts = [n for n in (*_PROMPTS, *(2**i for i in range(9, 20))) if n <= max_tokens]
-        steps = [(n,) * r for r in rows for n in (*tokens, 2, SHORT_ROW)]
-        steps += [(1,) * r + (n,) for r in (0, 1, 2, 16) for n in _PROMPTS]
-        steps += [_PROMPTS[:2], _PROMPTS[2:], *((n,) for n in prompts)]
+        steps = {(n,) * r for r in rows for n in tokens}
+        steps |= {(n, *(1,) * (r - 1)) for r in _powers(max_rows) for n in _powers(SHORT_ROW)}
+        steps |= {(min(n, max_tokens),) for n in _powers(max_tokens)}
         with compiled_ahead(workers):
-            for lengths in steps:
-                self._walk(lengths, max_rows * tokens[-1])
+            for lengths in sorted(steps):
+                self._walk(lengths, max(PROMPT_LOGITS, rows[-1] * tokens[-1]))
+            for lengths in also:
+                self._walk(lengths, 1, self.model.config.first_of_each_kind)
         for _ in range(8):
-            self._walk(_PROMPTS[1:2], 1, range(len(self.model.layers)))
+            self._walk((64,), 1, range(len(self.model.layers)))
 
     @torch.inference_mode()
     def compile_for(
@@ -194,13 +199,22 @@ class Runner:
         following = (row.ids[1:] + row.next_ids)[: row.prompt_len - 1 - row.start]
         k = row.sampling.prompt_logprobs
         assert k is not None
-        return tuple(prompt_logprobs(self.model.logits(hidden_TH[: len(following)]), following, k))
+        told: list[TokenLogprob] = []
+        for at in range(0, len(following), PROMPT_LOGITS):
+            next_ids = following[at : at + PROMPT_LOGITS]
+            told += prompt_logprobs(self.model.logits(hidden_TH[at : at + len(next_ids)]), next_ids, k)
+        return tuple(told)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - begin
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, ... up to the first that is not below `most`."""
+    return [2**i for i in range((most - 1).bit_length() + 1)]
 
 
 def _drawn(sites: Sequence[Site], logits_SV: torch.Tensor) -> list[int | None]:
