@@ -269,13 +269,15 @@ def _weigh(logits, allowed, best, state, tally, listed, sums, seen, token, tempe
             total = tl.sum(tl.where(kept, weight, 0))
             if cuts:
                 key = (weight << _ID_BITS) + (column ^ _LAST_ID)
-                many, low, high = tl.sum(kept.to(tl.int32)), least + 0, tl.max(key) + 1
-                while (k > 0) & (many > k + 32):  # likely ids lie close together: no block needs more than about k
-                    middle = low + ((high - low) >> 1)
-                    count = tl.sum((key >= middle).to(tl.int32))
+                # Likely ids lie close together, and no block needs more than its k largest: a bound somewhere below.
+                many, high = tl.sum(kept.to(tl.int32)), _logit(largest)
+                low, tries = tl.min(tl.where(kept, x, high)), 0
+                while (k > 0) & (many > k + 32) & (tries < 12):
+                    middle = low + (high - low) * 0.5
+                    count = tl.sum((x >= middle).to(tl.int32))
                     low, many = tl.where(count >= k, middle, low), tl.where(count >= k, count, many)
-                    high = tl.where(count >= k, high, middle)
-                kept = kept & (key >= low)
+                    high, tries = tl.where(count >= k, high, middle), tries + 1
+                kept = kept & (x >= low)
                 _append(listed, state + 2, key, kept, many, FEW)
                 entry = tally + tl.where(kept, _bin(weight), 0)
                 if k > 0:
