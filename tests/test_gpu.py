@@ -96,10 +96,11 @@ def test_a_token_is_the_same_whoever_looks_for_the_largest_number(model: str, sc
         assert served(told, [requests(300, 6)[i]]) == served(alone, [requests(300, 6)[i]])
 
 
-def test_nothing_compiles_on_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 16])
+def test_nothing_compiles_on_a_request(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.jit import JITFunction
 
-    engine = load("tritium-dense", device="cuda", speculate="mtp:3")
+    engine = load("tritium-dense", device="cuda", speculate="mtp:3", max_num_seqs=rows)
     compiled: list[str] = []
     compile_one = JITFunction._do_compile
 
