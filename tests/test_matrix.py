@@ -25,6 +25,7 @@ from tritium.core import SHORT_ROW
 from tritium.engine import selftest
 from tritium.hw import NAMED, named
 from tritium.models.config import FULL, LINEAR, parse_config
+from tritium.models.decoder import allocate_caches
 from tritium.models.families import FAMILY, family_config
 from tritium.nn.batch import ForwardBatch
 from tritium.ops.kernels.launch import Launch, launch, recorded
@@ -317,7 +318,8 @@ def test_nothing_is_left_to_be_compiled_on_a_request(arch: str, model: str, sche
     for max_rows in (1, 2, 4, 8, 32, 100):
         drafts = rng.choice((0, 1, 2, 3, 8))
         budget = rng.choice((max(16, max_rows * (1 + drafts)), 500, 3000, 8192))
-        decoder, caches = matrix.stand_in(matrix.in_scheme(config, scheme), named(arch).features, drafts)
+        decoder, _ = matrix.stand_in(matrix.in_scheme(config, scheme), named(arch).features)
+        caches = allocate_caches(config, pages=64, slots=64, dtype=torch.bfloat16, device=decoder.device, drafts=drafts)
         runner = Runner(decoder, caches, run_head=drafts > 0)
         with recorded(arch) as found:
             runner.compile(max_rows, drafts, budget, 1, also=selftest.steps(drafts))

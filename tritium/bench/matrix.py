@@ -103,12 +103,10 @@ def in_scheme(config: ModelConfig, scheme: str) -> ModelConfig:
     return replace(config, schemes=tuple((name, scheme) for name in chosen))
 
 
-def stand_in(
-    config: ModelConfig, features: frozenset[str] | None = None, drafts: int = _DRAFTS
-) -> tuple[Decoder, list[Any]]:
+def stand_in(config: ModelConfig, features: frozenset[str] | None = None) -> tuple[Decoder, list[Any]]:
     """A network and its pools without memory, as they are on a target of these features."""
     parameters = allocate(config, dtype=torch.bfloat16, device=_META, features=features)
-    caches = allocate_caches(config, pages=_PAGES, slots=_SLOTS, dtype=torch.bfloat16, device=_META, drafts=drafts)
+    caches = allocate_caches(config, pages=_PAGES, slots=_SLOTS, dtype=torch.bfloat16, device=_META, drafts=_DRAFTS)
     return Decoder(parameters, config, _POSITIONS), caches
 
 

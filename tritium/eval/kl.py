@@ -92,9 +92,6 @@ class _Reader:
     def _observe(self, plan: StepPlan, logits_TV: torch.Tensor) -> None:
         self.start, self.logits_TV = plan.rows[0].start, logits_TV
 
-    def add(self, ids: Sequence[int]) -> None:
-        self.engine.add(Request(id="window", prompt_ids=list(ids), sampling=_ONCE, seed=0))
-
 
 def compare(reference: EngineConfig, other: EngineConfig, windows: Iterable[Sequence[int]], *, longest: int,
             label: str = "comparing") -> dict[str, Any]:
@@ -103,7 +100,7 @@ def compare(reference: EngineConfig, other: EngineConfig, windows: Iterable[Sequ
     found, readers = Divergence(), [_Reader(config, longest) for config in (reference, other)]
     for ids in tqdm(list(windows), desc=label, file=sys.stderr, disable=not other.show_progress):
         for reader in readers:
-            reader.add(ids)
+            reader.engine.add(Request(id="window", prompt_ids=list(ids), sampling=_ONCE, seed=0))
         while readers[0].engine.has_work:
             for reader in readers:
                 reader.engine.step()

@@ -30,6 +30,8 @@ from tritium.sampling import Sampled, draw, prompt_logprobs
 PROMPT_LOGITS = 128
 """The most tokens of a prompt whose logits are there at once: 127 MB of them where the vocabulary has 248,320."""
 
+Lengths = tuple[int, ...]
+"""Tokens of each row of a step."""
 Observer = Callable[[StepPlan, torch.Tensor], None]
 """Called with the plan and the logits after every one of its tokens, [T, V] float32."""
 
@@ -56,9 +58,7 @@ class Runner:
         """The last of these, in seconds."""
 
     @torch.inference_mode()
-    def compile(
-        self, max_rows: int, drafts: int, max_tokens: int, workers: int, also: Sequence[tuple[int, ...]] = ()
-    ) -> None:
+    def compile(self, max_rows: int, drafts: int, max_tokens: int, workers: int, also: Iterable[Lengths] = ()) -> None:
         """Compiles all kernels that steps of up to `max_rows` decode rows and `max_tokens` tokens need, `workers` at a
         time, so that none is compiled on a request; what Triton's cache has is not compiled again. Then runs a short
         prompt some times, so that the first request is not the one to load libraries and fill caches.
@@ -81,9 +81,7 @@ class Runner:
             self._walk((64,), 1, range(len(self.model.layers)))
 
     @torch.inference_mode()
-    def compile_for(
-        self, lengths: tuple[int, ...], trials: Iterable[Mapping[Key, dict[str, Any]]], workers: int
-    ) -> None:
+    def compile_for(self, lengths: Lengths, trials: Iterable[Mapping[Key, dict[str, Any]]], workers: int) -> None:
         """For tuning: compiles a step with rows of these lengths for each of several sets of launch parameters."""
         from tritium.ops.kernels.launch import compiled_ahead
 
@@ -92,7 +90,7 @@ class Runner:
                 with trial(parameters):
                     self._walk(lengths, len(lengths))
 
-    def _walk(self, lengths: tuple[int, ...], draws: int, layers: Sequence[int] = ()) -> None:
+    def _walk(self, lengths: Lengths, draws: int, layers: Sequence[int] = ()) -> None:
         """Calls all ops of a step, of the layers up to where each kind has been there, or of these, on page 0 and slot
         0. Layers in a row: what one leaves decides the form of the next one's kernels."""
         config, device = self.model.config, self.model.device

@@ -63,22 +63,18 @@ class Keyring:
         if any(len(entry) not in (1, 2) for entry in entries):
             raise ConfigError("an API key is empty or has spaces", hint="one a line: KEY, or NAME KEY")
         self._names = [entry[0] if len(entry) == 2 else f"key-{i}" for i, entry in enumerate(entries, 1)]
-        self._digests = [_digest(entry[-1].encode()) for entry in entries]
+        self._digests = [hashlib.sha256(entry[-1].encode()).digest() for entry in entries]
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
     def name_of(self, key: bytes) -> str | None:
         """Whose key it is. Takes the same time for every wrong key: all are compared, as digests."""
-        digest, found = _digest(key), None
+        digest, found = hashlib.sha256(key).digest(), None
         for name, known in zip(self._names, self._digests):
             if hmac.compare_digest(digest, known):
                 found = name
         return found
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 def _read_keys(path: Path) -> Iterable[str]:
