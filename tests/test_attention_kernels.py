@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 import kernel_lane
 
+from tritium.hw.tuned import trial
 from tritium.ops.attention import paged_attention
 from tritium.ops.attention_inputs import attention_inputs
 from tritium.ops.spans import Spans
@@ -83,6 +84,21 @@ def test_rows_do_not_see_each_others_contexts_in_the_interpreter(seed: int) -> N
     for length, context in ((2, 77), (1, 400), (0, 9)):
         other = attend(seed, graph_spans((2, length), (150, context), 2), 4)
         assert torch.equal(first[:2], other[:2]), (length, context)
+
+
+@lane
+@pytest.mark.parametrize(("context", "since", "keys"), [(0, 0, 64), (200, 0, 32), (200, 70, 64), (40, 41, 16)])
+def test_keys_by_the_copy_engine_in_the_interpreter(context: int, since: int, keys: int, seed: int) -> None:
+    """As by loads, whether a tile has no step without a mask, one or some, and a page that is partly the row's."""
+    length, key = 70, (("groups", GROUPS), ("head_dim", DIM))
+    pages = tuple(range(1, 1 + WIDTH))
+    spans = Spans((length,), (context,), (1,), (pages,), torch.device(kernel_lane.DEVICE), since=(since,))
+    sizes = {"M": 16, "KEYS": keys, "CHUNK": DIM, "num_warps": 4, "num_stages": 2, "pdl": 0}
+    both = []
+    for bulk in (0, 1):
+        with trial({("attention.prefill", key): {**sizes, "BULK": bulk}}):
+            both.append(attend(seed, spans, length))
+    assert kernel_lane.relative(both[1], both[0]) < 1e-3
 
 
 @pytest.mark.timeout(900)

@@ -79,14 +79,20 @@ def _scores(query, queries, asked, k_pages, first, d, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def _absorb(o, total, top, scores, v, scale):
-    """One step of the running softmax, in powers of two: scores [M, KEYS] yet to be scaled, v [KEYS, D]."""
+def _softmax(total, top, scores, scale):
+    """One step of the running softmax, in powers of two: scores [M, KEYS] yet to be scaled."""
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - new_top[:, None])
     fade = tl.exp2(top - new_top)
-    total = total * fade + tl.sum(weights, axis=1)
+    return weights, fade, total * fade + tl.sum(weights, axis=1), new_top
+
+
+@triton.jit
+def _absorb(o, total, top, scores, v, scale):
+    """A step's softmax and its values [KEYS, D]."""
+    weights, fade, total, top = _softmax(total, top, scores, scale)
     o = tl.dot(weights.to(v.dtype), v, o * fade[:, None], input_precision="ieee")
-    return o, total, new_top
+    return o, total, top
 
 
 @triton.jit
@@ -170,31 +176,49 @@ def _merge(parts, weights, gate, o, leave, lengths_R, contexts_R, since_R, start
 
 
 @triton.jit
-def _pages(o, total, top, query, queries, asked, position, k_pages, v_pages, k_rows, v_rows, table, low, high, early,
-           skipped, since, stop, g, scale, d, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-           KEYS: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BULK: tl.constexpr,
-           MASKED: tl.constexpr):  # fmt: skip
-    """Steps [low, high) of KEYS keys. Where masked, the first `skipped` of them stand for steps from `early` on; the
-    others come by the copy engine if BULK."""
+def _pages(o, total, top, query, queries, asked, position, k_pages, v_pages, table, low, high, early, skipped, since,
+           stop, g, scale, d, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+           M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Steps [low, high) of KEYS keys. Where masked, the first `skipped` of them stand for steps from `early` on."""
     STEPS: tl.constexpr = PAGE // KEYS
     for i in tl.range(low, high):
         step = tl.where(i < low + skipped, early + i - low, i) if MASKED else i
         page = tl.load(table + step // STEPS).to(tl.int64)
         place = (page * G + g) * (PAGE * D) + step % STEPS * (KEYS * D)
-        if BULK and not MASKED:
-            row = ((page * G + g) * PAGE + step % STEPS * KEYS).to(tl.int32)
-            scores = tl.dot(query, tl.trans(k_rows.load([row, 0])), input_precision="ieee")
-        else:
-            scores = _scores(query, queries, asked, k_pages, place, d, D, BLOCK_D, M, KEYS, CHUNK)
+        scores = _scores(query, queries, asked, k_pages, place, d, D, BLOCK_D, M, KEYS, CHUNK)
         if MASKED:
             key = step * KEYS + tl.arange(0, KEYS)
             live = (key >= since) & (key < stop)
             v = _live_rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
             scores = tl.where(live[None, :] & (key[None, :] <= position[:, None]), scores, -float("inf"))
-        elif BULK:
-            v = v_rows.load([row, 0])
         else:
             v = _rows(v_pages, place, d, D, BLOCK_D, KEYS)
+        o, total, top = _absorb(o, total, top, scores, v, scale)
+    return o, total, top
+
+
+@triton.jit
+def _row(table, step, g, G: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr):
+    """Of all rows of keys or values, the first of a step."""
+    STEPS: tl.constexpr = PAGE // KEYS
+    return (tl.load(table + step // STEPS) * G + g) * PAGE + step % STEPS * KEYS
+
+
+@triton.jit
+def _bulk_pages(o, total, top, query, k_rows, v_rows, table, low, high, g, scale, G: tl.constexpr, PAGE: tl.constexpr,
+                KEYS: tl.constexpr):  # fmt: skip
+    """As `_pages`, not masked, by the copy engine. The order is for Hopper, whose products run beside other work but
+    are waited for where a number is first asked for: a step begins with the softmax of scores that are there, while
+    the product with the values before and the copies are under way; then the next scores, and o only behind them."""
+    if low < high:
+        scores = tl.dot(query, tl.trans(k_rows.load([_row(table, low, g, G, PAGE, KEYS), 0])), input_precision="ieee")
+        for i in tl.range(low + 1, high):
+            weights, fade, total, top = _softmax(total, top, scores, scale)
+            k = k_rows.load([_row(table, i, g, G, PAGE, KEYS), 0])
+            v = v_rows.load([_row(table, i - 1, g, G, PAGE, KEYS), 0])
+            scores = tl.dot(query, tl.trans(k), input_precision="ieee")
+            o = tl.dot(weights.to(v.dtype), v, o * fade[:, None], input_precision="ieee")
+        v = v_rows.load([_row(table, high - 1, g, G, PAGE, KEYS), 0])
         o, total, top = _absorb(o, total, top, scores, v, scale)
     return o, total, top
 
@@ -234,14 +258,19 @@ def _prefill(q, gate, k_pages, v_pages, k_rows, v_rows, o, tiles_2X, contexts_R,
     first, full = since // KEYS, (begin + 1) // KEYS
     skipped = ((since % KEYS > 0) & (first < full)).to(tl.int32)
     tail, table = tl.maximum(first, full), pages_RP + r * width
+    if BULK:
+        o_MD, total, top = _bulk_pages(
+            o_MD, total, top, query, k_rows, v_rows, table, first + skipped, full, g, scale, G, PAGE, KEYS
+        )
+    else:
+        o_MD, total, top = _pages(
+            o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, first + skipped, full, first,
+            0, since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, False,
+        )  # fmt: skip
     o_MD, total, top = _pages(
-        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, k_rows, v_rows, table, first + skipped,
-        full, first, 0, since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, BULK, False,
-    )  # fmt: skip
-    o_MD, total, top = _pages(
-        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, k_rows, v_rows, table, tail - skipped,
-        tl.cdiv(tl.minimum(begin + M, stop), KEYS), first, skipped, since, stop, g,
-        scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, BULK, True,
+        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, tail - skipped,
+        tl.cdiv(tl.minimum(begin + M, stop), KEYS), first, skipped, since, stop, g, scale, d, G, D, PAGE, KEYS, M,
+        BLOCK_D, CHUNK, True,
     )  # fmt: skip
     release_next(pdl)
     o_MD = o_MD * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
