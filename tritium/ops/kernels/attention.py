@@ -262,16 +262,13 @@ def _prefill(q, gate, k_pages, v_pages, k_rows, v_rows, o, tiles_2X, contexts_R,
         o_MD, total, top = _bulk_pages(
             o_MD, total, top, query, k_rows, v_rows, table, first + skipped, full, g, scale, G, PAGE, KEYS
         )
-    else:
+    for masked in tl.static_range(BULK, 2):
+        low = tail - skipped if masked else first + skipped
+        high = tl.cdiv(tl.minimum(begin + M, stop), KEYS) if masked else full
         o_MD, total, top = _pages(
-            o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, first + skipped, full, first,
-            0, since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, False,
+            o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, low, high, first, skipped,
+            since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, masked,
         )  # fmt: skip
-    o_MD, total, top = _pages(
-        o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, tail - skipped,
-        tl.cdiv(tl.minimum(begin + M, stop), KEYS), first, skipped, since, stop, g, scale, d, G, D, PAGE, KEYS, M,
-        BLOCK_D, CHUNK, True,
-    )  # fmt: skip
     release_next(pdl)
     o_MD = o_MD * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     # In halves: a whole tile of gates beside it does not fit into registers.
