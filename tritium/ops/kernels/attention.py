@@ -35,18 +35,29 @@ LOWEST = tl.constexpr(-1e30)
 """Start of a running maximum: finite, so that a row that sees no key of a page meets no -inf - -inf."""
 
 
-@triton.jit
-def _rows(base, first, d, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
-    """[KEYS, BLOCK_D] of contiguous rows of D from element `first`."""
-    at = base + first + tl.arange(0, KEYS)[:, None] * D + d[None, :]
-    return tl.load(at) if D == BLOCK_D else tl.load(at, mask=(d < D)[None, :], other=0.0)
+GROWTH = tl.constexpr(8.0)
+"""Powers of 2 that scores may be above the maximum in use: weights of up to 256 are as good as those of up to 1, and
+the division by their sum takes them back."""
+FADE = tl.constexpr(
+    "{.reg .pred p; setp.eq.s32 p, $384, 0; @p bra.uni KEPT;"
+    + " ".join(f"mul.f32 ${i}, ${i}, ${256 + i};" for i in range(128))
+    + " KEPT: }"
+)
+"""For 128 numbers of a thread: each times its own factor, or as it is where its own flag is 0. The flag of the first
+is asked for all, so the flags must be one number, whatever thread and register has which place of the tensor."""
+FADE_FORM = tl.constexpr(",".join(["=f"] * 128 + [str(i) for i in range(128)] + ["f"] * 128 + ["r"] * 128))
 
 
 @triton.jit
-def _live_rows(base, first, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
-    """As `_rows`, zeros where a key is not the row's: its place may hold anything."""
+def _rows(base, first, live, d, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
+    """[KEYS, BLOCK_D] of contiguous rows of D from element `first`. Zeros where a key is not live, if that is given:
+    its place may hold anything."""
     at = base + first + tl.arange(0, KEYS)[:, None] * D + d[None, :]
-    return tl.load(at, mask=_cells(live, d, D, BLOCK_D), other=0.0)
+    if live is None:
+        rows = tl.load(at) if D == BLOCK_D else tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(at, mask=_cells(live, d, D, BLOCK_D), other=0.0)
+    return rows
 
 
 @triton.jit
@@ -74,14 +85,16 @@ def _scores(query, queries, asked, k_pages, first, d, D: tl.constexpr, BLOCK_D: 
             k = tl.load(at, mask=(e < D)[:, None], other=0.0)
             scores = tl.dot(part, k, scores, input_precision="ieee")
     else:
-        scores = tl.dot(query, tl.trans(_rows(k_pages, first, d, D, BLOCK_D, KEYS)), input_precision="ieee")
+        scores = tl.dot(query, tl.trans(_rows(k_pages, first, None, d, D, BLOCK_D, KEYS)), input_precision="ieee")
     return scores
 
 
 @triton.jit
 def _softmax(total, top, scores, scale):
-    """One step of the running softmax, in powers of two: scores [M, KEYS] yet to be scaled."""
-    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    """One step of the running softmax, in powers of two: scores [M, KEYS] yet to be scaled. The maximum is raised
+    where it has grown by much: then all that was summed has to be multiplied."""
+    found = tl.max(scores, axis=1) * scale
+    new_top = tl.where(found - top > GROWTH, found, top)
     weights = tl.exp2(scores * scale - new_top[:, None])
     fade = tl.exp2(top - new_top)
     return weights, fade, total * fade + tl.sum(weights, axis=1), new_top
@@ -135,7 +148,7 @@ def _decode(q, k_pages, v_pages, parts, weights, lengths_R, contexts_R, since_R,
         key = step * KEYS + tl.arange(0, KEYS)
         live = (key >= since) & (key < stop)
         scores = _scores(query, queries, here, k_pages, place, d, D, BLOCK_D, M, KEYS, CHUNK)
-        v = _live_rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
+        v = _rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
         seen = live[None, :] & (key[None, :] <= (context + token)[:, None])
         o, total, top = _absorb(o, total, top, tl.where(seen, scores, -float("inf")), v, scale)
     release_next(pdl)
@@ -189,10 +202,10 @@ def _pages(o, total, top, query, queries, asked, position, k_pages, v_pages, tab
         if MASKED:
             key = step * KEYS + tl.arange(0, KEYS)
             live = (key >= since) & (key < stop)
-            v = _live_rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
+            v = _rows(v_pages, place, live, d, D, BLOCK_D, KEYS)
             scores = tl.where(live[None, :] & (key[None, :] <= position[:, None]), scores, -float("inf"))
         else:
-            v = _rows(v_pages, place, d, D, BLOCK_D, KEYS)
+            v = _rows(v_pages, place, None, d, D, BLOCK_D, KEYS)
         o, total, top = _absorb(o, total, top, scores, v, scale)
     return o, total, top
 
@@ -206,20 +219,28 @@ def _row(table, step, g, G: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr
 
 @triton.jit
 def _bulk_pages(o, total, top, query, k_rows, v_rows, table, low, high, g, scale, G: tl.constexpr, PAGE: tl.constexpr,
-                KEYS: tl.constexpr):  # fmt: skip
+                KEYS: tl.constexpr, BULK: tl.constexpr):  # fmt: skip
     """As `_pages`, not masked, by the copy engine. The order is for Hopper, whose products run beside other work but
     are waited for where a number is first asked for: a step begins with the softmax of scores that are there, while
-    the product with the values before and the copies are under way; then the next scores, and o only behind them."""
+    the product with the values before and the copies are under way; then the next scores, and o only behind them.
+    The last step computes scores once more, for nothing: a loop that may not run at all would set o beside it, and
+    the assembler makes products wait for each other where anything else sets what they add to.
+    BULK 2: a branch around the product of o with ones; `if` would be moved in front of the scores."""
     if low < high:
-        scores = tl.dot(query, tl.trans(k_rows.load([_row(table, low, g, G, PAGE, KEYS), 0])), input_precision="ieee")
-        for i in tl.range(low + 1, high):
+        row = _row(table, low, g, G, PAGE, KEYS)
+        scores = tl.dot(query, tl.trans(k_rows.load([row, 0])), input_precision="ieee")
+        for i in tl.range(low, high, disable_licm=True):  # what is moved in front of it takes registers
             weights, fade, total, top = _softmax(total, top, scores, scale)
-            k = k_rows.load([_row(table, i, g, G, PAGE, KEYS), 0])
-            v = v_rows.load([_row(table, i - 1, g, G, PAGE, KEYS), 0])
+            weights, faded = weights.to(query.dtype), tl.max((fade != 1.0).to(tl.int32), axis=0)
+            v = v_rows.load([row, 0])
+            row = _row(table, tl.minimum(i + 1, high - 1), g, G, PAGE, KEYS)
+            k = k_rows.load([row, 0])
             scores = tl.dot(query, tl.trans(k), input_precision="ieee")
-            o = tl.dot(weights.to(v.dtype), v, o * fade[:, None], input_precision="ieee")
-        v = v_rows.load([_row(table, high - 1, g, G, PAGE, KEYS), 0])
-        o, total, top = _absorb(o, total, top, scores, v, scale)
+            if BULK == 2:
+                o = tl.inline_asm_elementwise(FADE, FADE_FORM, [o, fade[:, None], faded], tl.float32, True, 128)
+            else:
+                o *= fade[:, None]
+            o = tl.dot(weights, v, o, input_precision="ieee")
     return o, total, top
 
 
@@ -245,50 +266,46 @@ def _prefill(q, gate, k_pages, v_pages, k_rows, v_rows, o, tiles_2X, contexts_R,
     r, offset = tl.load(tiles_2X + tile), tl.load(tiles_2X + tiles + tile)
     context, length, since = tl.load(contexts_R + r), tl.load(lengths_R + r), tl.load(since_R + r)
     m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
-    token = (tl.load(starts_R + r) + offset).to(tl.int64)
-    asked = offset + m < length
-    queries = q + token * q_token + n * q_head + m * q_token
+    token = tl.load(starts_R + r) + offset
+    asked = m < length - offset
+    queries = q + token.to(tl.int64) * q_token + n * q_head + m * q_token
     begin, stop = context + offset, context + length
     wait_for_inputs(pdl)
     query = _query(queries, asked, d, D, BLOCK_D, CHUNK)
     o_MD = tl.zeros([M, BLOCK_D], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], LOWEST, tl.float32)
-    # Keys that all tokens of the tile see need no mask: steps from `since` to the tile's first token.
+    # Keys that all tokens of the tile see need no mask: steps from `since` to the tile's first token. They come last:
+    # what masks need takes no registers by then.
     first, full = since // KEYS, (begin + 1) // KEYS
     skipped = ((since % KEYS > 0) & (first < full)).to(tl.int32)
     tail, table = tl.maximum(first, full), pages_RP + r * width
-    if BULK:
-        o_MD, total, top = _bulk_pages(
-            o_MD, total, top, query, k_rows, v_rows, table, first + skipped, full, g, scale, G, PAGE, KEYS
-        )
-    for masked in tl.static_range(BULK, 2):
-        low = tail - skipped if masked else first + skipped
-        high = tl.cdiv(tl.minimum(begin + M, stop), KEYS) if masked else full
+    for plain in tl.static_range(1 if BULK else 2):
+        low = first + skipped if plain else tail - skipped
+        high = full if plain else tl.cdiv(tl.minimum(begin + M, stop), KEYS)
         o_MD, total, top = _pages(
             o_MD, total, top, query, queries, asked, begin + m, k_pages, v_pages, table, low, high, first, skipped,
-            since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, masked,
+            since, stop, g, scale, d, G, D, PAGE, KEYS, M, BLOCK_D, CHUNK, not plain,
         )  # fmt: skip
+    if BULK:
+        o_MD, total, top = _bulk_pages(o_MD, total, top, query, k_rows, v_rows, table, first + skipped, full, g, scale,
+                                       G, PAGE, KEYS, BULK)  # fmt: skip
+    # Read anew: kept beside the loops, they would be more than the registers hold.
+    length = tl.load(lengths_R + r)
+    token, asked = tl.load(starts_R + r) + offset, m < length - offset
     release_next(pdl)
     o_MD = o_MD * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     # In halves: a whole tile of gates beside it does not fit into registers.
     left, right = tl.split(tl.permute(tl.reshape(o_MD, [M, 2, BLOCK_D // 2]), (0, 2, 1)))
-    gate += token * gate_token + n * gate_head
-    o += (token * N + n) * D
+    gate += token.to(tl.int64) * gate_token + n * gate_head
+    o += (token.to(tl.int64) * N + n) * D
     d = tl.arange(0, BLOCK_D // 2)
     _gated(left, gate, gate_token, o, asked, d, M, N, D, BLOCK_D)
     _gated(right, gate, gate_token, o, asked, d + BLOCK_D // 2, M, N, D, BLOCK_D)
 
 
-def paged_attention(
-    *,
-    q_TND: torch.Tensor,
-    gate_TND: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    spans: Spans,
-    leave: Handed | None = None,
-) -> torch.Tensor:
+def paged_attention(*, q_TND: torch.Tensor, gate_TND: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+                    spans: Spans, leave: Handed | None = None) -> torch.Tensor:  # fmt: skip
     """o_TND in q's dtype, contiguous. Queries and gates may be strided, but within a head."""
     o_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
     if spans.num_short < spans.num_rows:
@@ -315,15 +332,8 @@ def _parameters(op: str, q_TND: torch.Tensor, **key: int) -> dict[str, Any]:
     return found
 
 
-def _short_rows(
-    q_TND: torch.Tensor,
-    gate_TND: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    spans: Spans,
-    o_TND: torch.Tensor,
-    leave: Handed | None,
-) -> None:
+def _short_rows(q_TND: torch.Tensor, gate_TND: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+                spans: Spans, o_TND: torch.Tensor, leave: Handed | None) -> None:  # fmt: skip
     constants, scale = _sizes(q_TND, k_pages)
     _, heads, dim = q_TND.shape
     groups, rows, table = k_pages.shape[1], spans.num_short, spans.table
@@ -356,14 +366,8 @@ def _short_rows(
     )  # fmt: skip
 
 
-def _long_rows(
-    q_TND: torch.Tensor,
-    gate_TND: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    spans: Spans,
-    o_TND: torch.Tensor,
-) -> None:
+def _long_rows(q_TND: torch.Tensor, gate_TND: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
+               spans: Spans, o_TND: torch.Tensor) -> None:  # fmt: skip
     constants, scale = _sizes(q_TND, k_pages)
     found = _parameters("attention.prefill", q_TND, groups=k_pages.shape[1], head_dim=q_TND.shape[2])
     size, table = found["M"], spans.table
