@@ -84,11 +84,13 @@ def _computed(op: str, kinds: list[str], given: list[str], registers: dict[str, 
         case ["cvt", "f32", "f16"]:
             return _bits(np.float32(_half(a)))
         case ["cvt", "rn", "f16x2", "e4m3x2"]:
-            return _pair(*(float(torch.tensor([a >> 8 * i & 255], dtype=torch.uint8).view(torch.float8_e4m3fn))
-                           for i in (0, 1)))
+            return _pair(
+                *(float(torch.tensor([a >> 8 * i & 255], dtype=torch.uint8).view(torch.float8_e4m3fn)) for i in (0, 1))
+            )
         case ["cvt", "rn", "satfinite", "e4m3x2", "f32"]:
-            high, low = (torch.tensor([_float(x)]).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-                         for x in (a, b))
+            high, low = (
+                torch.tensor([_float(x)]).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) for x in (a, b)
+            )
             return int(low) | int(high) << 8
         case ["mul" | "fma", "rn", "f16x2"]:
             return _pair(*(_half(a >> i) * _half(b >> i) + (_half(c >> i) if op == "fma" else 0.0) for i in (0, 16)))
@@ -127,3 +129,32 @@ def _brain(bits: int) -> float:
 
 def _pair(low: float, high: float) -> int:
     return int(np.float16(low).view(np.uint16)) | int(np.float16(high).view(np.uint16)) << 16
+
+
+def overwritten(text: str) -> list[str]:
+    """Of a kernel's loops, what writes a register that a product of the matrix units which is not waited for reads."""
+    lines = [part.strip() for part in re.split(r"[;\n]", re.sub(r"//.*", "", text)) if part.strip()]
+    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
+    found: list[str] = []
+    for at, line in enumerate(lines):
+        back = re.search(r"\bbra\S*\s+(\$\w+)", line)
+        body = lines[labels[back[1]] : at] if back and labels.get(back[1], at) < at else []
+        if any("wgmma.mma_async" in line for line in body):
+            found += _in_flight([*body, *body])
+    return found
+
+
+def _in_flight(lines: list[str]) -> list[str]:
+    asked, groups, found = set[str](), list[set[str]](), []
+    for line in lines:
+        vectors = [set(re.findall(r"%\w+", vector)) for vector in re.findall(r"\{([^}]*)\}", line)]
+        if "wgmma.mma_async" in line:
+            asked |= vectors[1] if len(vectors) > 1 else set()
+        elif "wgmma.commit_group" in line:
+            groups, asked = [*groups, asked], set()
+        elif waits := re.search(r"wgmma\.wait_group\S*\s+(\d+)", line):
+            groups = groups[-int(waits[1]) :] if int(waits[1]) else []
+        else:
+            target = re.match(r"(?:@!?%\w+\s+)?[a-z][\w.:]*\s+(\{[^}]*\}|%\w+)", line)
+            found += [line] if target and asked.union(*groups) & set(re.findall(r"%\w+", target[1])) else []
+    return found

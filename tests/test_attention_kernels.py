@@ -13,10 +13,14 @@ import torch
 pytest.importorskip("triton")
 
 import kernel_lane
+import ptx
+import triton
 
+from tritium.bench import matrix
 from tritium.hw.tuned import trial
 from tritium.ops.attention import paged_attention
 from tritium.ops.attention_inputs import attention_inputs
+from tritium.ops.kernels.matrix import Job, _gpu_target
 from tritium.ops.spans import Spans
 
 ELSEWHERE = pytest.mark.skipif(not kernel_lane.INTERPRETED, reason="runs in the interpreter, started by the last test")
@@ -115,3 +119,13 @@ def test_these_where_there_is_no_gpu() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("model", ["qwen3.6-27b", "qwen3.6-35b-a3b"])
+def test_no_product_under_way_loses_the_registers_that_it_reads(model: str) -> None:
+    """The assembler does not tell, and the interpreter has no products under way."""
+    launches = [x for _, x in matrix.launches(model, "sm_90", [matrix.Step(prefill=512)]) if "BULK" in x.options]
+    job = Job.of(launches[-1], "sm_90")
+    kernel = triton.compile(job.source, target=_gpu_target("sm_90"), options=job.options)
+    assert "wgmma.wait_group" in kernel.asm["ptx"]
+    assert not ptx.overwritten(kernel.asm["ptx"])

@@ -231,7 +231,7 @@ def _bulk_pages(o, total, top, query, k_rows, v_rows, table, low, high, g, scale
         scores = tl.dot(query, tl.trans(k_rows.load([row, 0])), input_precision="ieee")
         for i in tl.range(low, high, disable_licm=True):  # what is moved in front of it takes registers
             weights, fade, total, top = _softmax(total, top, scores, scale)
-            weights, faded = weights.to(query.dtype), tl.max((fade != 1.0).to(tl.int32), axis=0)
+            faded = tl.max((fade != 1.0).to(tl.int32), axis=0)
             v = v_rows.load([row, 0])
             row = _row(table, tl.minimum(i + 1, high - 1), g, G, PAGE, KEYS)
             k = k_rows.load([row, 0])
@@ -240,7 +240,8 @@ def _bulk_pages(o, total, top, query, k_rows, v_rows, table, low, high, g, scale
                 o = tl.inline_asm_elementwise(FADE, FADE_FORM, [o, fade[:, None], faded], tl.float32, True, 128)
             else:
                 o *= fade[:, None]
-            o = tl.dot(weights, v, o, input_precision="ieee")
+            # Rounded only here: ahead of the wait, the product before still reads the registers that they take.
+            o = tl.dot(weights.to(query.dtype), v, o, input_precision="ieee")
     return o, total, top
 
 
