@@ -112,18 +112,6 @@ def test_a_product_without_the_matrix_unit_is_caught() -> None:
     assert (exact.dots, exact.violations) == ("", ())
 
 
-def test_products_that_the_assembler_serializes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own words, where Triton hands on what it says: which kernels it does that to changes with its version."""
-    whole = triton.compile
-
-    def talks(*given: Any, **options: Any) -> Any:
-        print("Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions")
-        return whole(*given, **options)
-
-    monkeypatch.setattr(triton, "compile", talks)
-    assert compiled(product, "sm_90").violations == ("the assembler serializes its products",)
-
-
 def test_a_kernel_that_does_not_compile_is_caught() -> None:
     found = compiled(lambda: product(block=8), "sm_90")
     assert "does not compile" in found.violations[0]

@@ -234,8 +234,7 @@ def _bulk_pages(o, total, top, query, k_rows, v_rows, table, low, high, g, scale
             faded = tl.max((fade != 1.0).to(tl.int32), axis=0)
             v = v_rows.load([row, 0])
             row = _row(table, tl.minimum(i + 1, high - 1), g, G, PAGE, KEYS)
-            k = k_rows.load([row, 0])
-            scores = tl.dot(query, tl.trans(k), input_precision="ieee")
+            scores = tl.dot(query, tl.trans(k_rows.load([row, 0])), input_precision="ieee")
             if BULK == 2:
                 o = tl.inline_asm_elementwise(FADE, FADE_FORM, [o, fade[:, None], faded], tl.float32, True, 128)
             else:
@@ -292,8 +291,7 @@ def _prefill(q, gate, k_pages, v_pages, k_rows, v_rows, o, tiles_2X, contexts_R,
         o_MD, total, top = _bulk_pages(o_MD, total, top, query, k_rows, v_rows, table, first + skipped, full, g, scale,
                                        G, PAGE, KEYS, BULK)  # fmt: skip
     # Read anew: kept beside the loops, they would be more than the registers hold.
-    length = tl.load(lengths_R + r)
-    token, asked = tl.load(starts_R + r) + offset, m < length - offset
+    token, asked = tl.load(starts_R + r) + offset, m < tl.load(lengths_R + r) - offset
     release_next(pdl)
     o_MD = o_MD * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     # In halves: a whole tile of gates beside it does not fit into registers.

@@ -12,15 +12,14 @@ that 16 divides, integers that are 1 or that 16 divides), so what is compiled he
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import re
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
@@ -229,11 +229,14 @@ def _work(job: Job, pipe: Connection) -> None:
 
 def _compiled(job: Job) -> Compiled:
     begin = sum(os.times()[:4])
-    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()) as said:
-        triton.knobs.cache.dir, triton.knobs.nvidia.dump_ptxas_log = scratch, True
+    with tempfile.TemporaryDirectory() as scratch:
+        triton.knobs.cache.dir = scratch
         kernel = triton.compile(job.source, target=_gpu_target(job.arch), options=job.options)
-    asm, shared, told = kernel.asm, kernel.metadata.shared, said.getvalue()
-    registers, spills = _amd_resources(asm["amdgcn"]) if job.arch.startswith("gfx") else _nvidia_resources(told)
+        asm, shared = kernel.asm, kernel.metadata.shared
+        if job.arch.startswith("gfx"):
+            registers, spills = _amd_resources(asm["amdgcn"])
+        else:
+            registers, spills = _nvidia_resources(asm, job.arch, Path(scratch))
     seconds = sum(os.times()[:4]) - begin  # of this process and its assembler, whatever else the machine does
     text = asm["amdgcn" if job.arch.startswith("gfx") else "ptx"]
     instructions = sorted(set(_MATRIX_INSTRUCTION.findall(text)))
@@ -250,8 +253,7 @@ def _compiled(job: Job) -> Compiled:
         occupancy=occupancy(job.arch, registers=registers, shared=shared, num_warps=warps),
         dots=" ".join(instructions),
         seconds=round(seconds, 2),
-        violations=_missing(asm["ttir"], asm["ttgir"], instructions)
-        + (("the assembler serializes its products",) if "wgmma.mma_async instructions are serialized" in told else ()),
+        violations=_missing(asm["ttir"], asm["ttgir"], instructions),
     )
 
 
@@ -271,9 +273,18 @@ def _amd_resources(text: str) -> tuple[int, int]:
     return field("vgpr_count"), field("vgpr_spill_count") or field("private_segment_fixed_size")
 
 
-def _nvidia_resources(told: str) -> tuple[int, int]:
-    """From what the assembler says of a kernel: a stack in the binary may be a spill or an array."""
-    registers = int(re.search(r"Used (\d+) registers", told)[1])  # type: ignore[index]
+def _nvidia_resources(asm: Any, arch: str, scratch: Path) -> tuple[int, int]:
+    """From the binary; a stack in it may be a spill or an array, which only the assembler can tell."""
+    binary, tools = scratch / "kernel.cubin", Path(triton.backends.nvidia.compiler.__file__).parent / "bin"
+    binary.write_bytes(asm["cubin"])
+    usage = subprocess.run([tools / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    if not stack:
+        return registers, 0
+    (scratch / "kernel.ptx").write_text(asm["ptx"])
+    gpu = re.search(r"\.target (\S+?)[,\s]", asm["ptx"])[1]  # type: ignore[index]
+    command = [get_ptxas(_gpu_target(arch).arch).path, "-v", f"--gpu-name={gpu}", scratch / "kernel.ptx", "-o", binary]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
 
 
