@@ -12,7 +12,6 @@ that 16 divides, integers that are 1 or that 16 divides), so what is compiled he
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
@@ -232,9 +230,8 @@ def _work(job: Job, pipe: Connection) -> None:
 def _compiled(job: Job) -> Compiled:
     begin = sum(os.times()[:4])
     with tempfile.TemporaryDirectory() as scratch:
-        triton.knobs.cache.dir, triton.knobs.nvidia.dump_ptxas_log = scratch, True
-        with redirect_stdout(io.StringIO()) as said:
-            kernel = triton.compile(job.source, target=_gpu_target(job.arch), options=job.options)
+        triton.knobs.cache.dir = scratch
+        kernel = triton.compile(job.source, target=_gpu_target(job.arch), options=job.options)
         asm, shared = kernel.asm, kernel.metadata.shared
         if job.arch.startswith("gfx"):
             registers, spills = _amd_resources(asm["amdgcn"])
@@ -256,7 +253,7 @@ def _compiled(job: Job) -> Compiled:
         occupancy=occupancy(job.arch, registers=registers, shared=shared, num_warps=warps),
         dots=" ".join(instructions),
         seconds=round(seconds, 2),
-        violations=_missing(asm["ttir"], asm["ttgir"], instructions) + _serialized(said.getvalue()),
+        violations=_missing(asm["ttir"], asm["ttgir"], instructions),
     )
 
 
@@ -267,12 +264,6 @@ def _missing(ttir: str, ttgir: str, instructions: Sequence[str]) -> tuple[str, .
     if narrow and (not instructions or (not wide and _DOT_BY_LANES.search(ttgir))):
         return (f"{narrow} product(s) of narrow numbers without a matrix instruction",)
     return ()
-
-
-def _serialized(told: str) -> tuple[str, ...]:
-    """Of what NVIDIA's assembler says."""
-    serial = "wgmma.mma_async instructions are serialized" in told
-    return ("the assembler serializes its products",) if serial else ()
 
 
 def _amd_resources(text: str) -> tuple[int, int]:
