@@ -23,6 +23,7 @@ from tritium.hw import Target
 from tritium.ops.handed import Handed, Peak
 from tritium.ops.kernels.four_bits import factor_of
 from tritium.ops.kernels.launch import target_of
+from tritium.ops.kernels.linear import _column
 from tritium.ops.quantized import LARGEST, Quantized
 
 KINDS = {"int8": "int8", "fp8": "e4m3", "fp8-block": "e4m3", "int4": "int4", "mxfp4": "e2m1"}
@@ -94,16 +95,10 @@ def _nibbles(word, KIND: tl.constexpr):
 @triton.jit
 def _four(x, norm, at, K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
     """Four neighbours a thread of x (1 + n), and Σ x² by thread."""
-    if EVEN:
-        value = tl.load(x + at).to(tl.float32)
-    else:
-        value = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+    value = _column(x, at, K, EVEN)
     squares = tl.sum(value * value, axis=1)
     if NORM:
-        if EVEN:
-            value += value * tl.load(norm + at)
-        else:
-            value += value * tl.load(norm + at, mask=at < K, other=0.0)
+        value += value * _column(norm, at, K, EVEN)
     return value, squares
 
 
@@ -380,6 +375,8 @@ def rows_by_token(tiles, scales, at, scale_at, peak, x, norm, rows, K: tl.conste
     for i in tl.range(0, LAST):
         k = (i + 1) * W
         factors, added = _factors(values, factor, KIND, ROUND, NATIVE)
+        if KIND == "e4m3":  # which leaves registers for them
+            values, more = _columns(x, norm, (i + 1) * COLUMNS, K, W, PER, WHOLE, NORM)
         next_tiles, next_scales, next_totals = (), (), ()
         for j in tl.static_range(BLOCKS):
             product = multiplied(tiles[j], factors, added, KIND, NATIVE)
@@ -392,7 +389,8 @@ def rows_by_token(tiles, scales, at, scale_at, peak, x, norm, rows, K: tl.conste
         tiles, totals = next_tiles, next_totals
         if GROUP:
             scales = next_scales
-        values, more = _columns(x, norm, (i + 1) * COLUMNS, K, W, PER, WHOLE, NORM)
+        if KIND != "e4m3":
+            values, more = _columns(x, norm, (i + 1) * COLUMNS, K, W, PER, WHOLE, NORM)
         squares += more
     factors, added = _factors(values, factor, KIND, ROUND, NATIVE)
     outs = ()
