@@ -112,6 +112,27 @@ def test_keys_by_the_copy_engine_in_the_interpreter(context: int, since: int, ke
     assert kernel_lane.relative(by[1], truth) < 2e-3
 
 
+@lane
+@pytest.mark.parametrize("bulk", [0, 1])
+def test_a_prompt_in_chunks_is_as_whole_in_the_interpreter(bulk: int, seed: int) -> None:
+    """To the bit, wherever it is cut: at the end of a tile or within."""
+    length, key = 200, (("groups", GROUPS), ("head_dim", DIM))
+    q, gate = (draw(seed + i, length, HEADS, DIM) * 3 for i in (1, 2))
+    pages = {name: draw(seed + i, 1 + WIDTH, GROUPS, 64, DIM) for i, name in enumerate(("k_pages", "v_pages"))}
+
+    def chunk(begin: int, end: int) -> torch.Tensor:
+        table = (tuple(range(1, 1 + WIDTH)),)
+        spans = Spans((end - begin,), (begin,), (1,), table, torch.device(kernel_lane.DEVICE))
+        return paged_attention.kernel(q_TND=q[begin:end], gate_TND=gate[begin:end], spans=spans, **pages)
+
+    sizes = {"M": 64, "KEYS": 32, "CHUNK": DIM, "BULK": bulk, "num_warps": 4, "num_stages": 2, "pdl": 0}
+    with trial({("attention.prefill", key): sizes}):
+        whole = chunk(0, length)
+        for cut in (32, 64, 96, 100, 160):
+            kernel_lane.poison()
+            assert torch.equal(torch.cat([chunk(0, cut), chunk(cut, length)]), whole), cut
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(kernel_lane.INTERPRETED or torch.cuda.is_available(), reason="this starts the interpreter")
 def test_these_where_there_is_no_gpu() -> None:

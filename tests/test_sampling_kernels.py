@@ -127,6 +127,18 @@ def test_draws_equal_the_references(lane, path, seed):
         compare(lane, parameters, logits_SV=rows_of(rng, rows, vocab), **columns_of(rng, rows, vocab))
 
 
+@pytest.mark.parametrize("block", [64, 1024])
+@pytest.mark.parametrize("lane", LANES)
+def test_of_equal_weights_the_lower_id_is_kept(lane, block, seed):
+    """Though their logits differ, by less than a weight can tell: however many programs share a row."""
+    rows, vocab = 24, 700
+    x = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 1e-13
+    columns = columns_of(random.Random(seed), rows, vocab)
+    some = {"temperature_S": torch.ones(rows).double(), "min_p_S": torch.zeros(rows).double(),
+            "top_k_S": torch.tensor([7, 20, 40] * 8)}  # fmt: skip
+    compare(lane, {"block": block, "room": 128}, logits_SV=x, **(columns | some))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lane", LANES)
 def test_logits_of_half_precision_in_strided_rows(lane, dtype, seed):

@@ -267,7 +267,7 @@ def _prefill(q, gate, k_pages, v_pages, k_rows, v_rows, o, tiles_2X, contexts_R,
     context, length, since = tl.load(contexts_R + r), tl.load(lengths_R + r), tl.load(since_R + r)
     m, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
     token = tl.load(starts_R + r) + offset
-    asked = m < length - offset
+    asked = (m < length - offset) & (m >= -offset)
     queries = q + token.to(tl.int64) * q_token + n * q_head + m * q_token
     begin, stop = context + offset, context + length
     wait_for_inputs(pdl)
@@ -291,7 +291,7 @@ def _prefill(q, gate, k_pages, v_pages, k_rows, v_rows, o, tiles_2X, contexts_R,
         o_MD, total, top = _bulk_pages(o_MD, total, top, query, k_rows, v_rows, table, first + skipped, full, g, scale,
                                        G, PAGE, KEYS, BULK)  # fmt: skip
     # Read anew: kept beside the loops, they would be more than the registers hold.
-    token, asked = tl.load(starts_R + r) + offset, m < tl.load(lengths_R + r) - offset
+    token, asked = tl.load(starts_R + r) + offset, (m < tl.load(lengths_R + r) - offset) & (m >= -offset)
     release_next(pdl)
     o_MD = o_MD * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     # In halves: a whole tile of gates beside it does not fit into registers.
@@ -371,9 +371,8 @@ def _long_rows(q_TND: torch.Tensor, gate_TND: torch.Tensor, k_pages: torch.Tenso
     found = _parameters("attention.prefill", q_TND, groups=k_pages.shape[1], head_dim=q_TND.shape[2])
     size, table = found["M"], spans.table
     tiles_2X = spans.cached(f"attention_tiles_{size}", lambda spans: _query_tiles(spans, size))
-    tiles = tiles_2X.shape[1]
+    tiles, dim = tiles_2X.shape[1], q_TND.shape[2]
     rows: Any = (k_pages, v_pages)
-    dim = q_TND.shape[2]
     found["BULK"] *= dim == constants["BLOCK_D"]  # a block of the copy engine is as wide as a power of 2
     if found["BULK"]:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -388,8 +387,11 @@ def _long_rows(q_TND: torch.Tensor, gate_TND: torch.Tensor, k_pages: torch.Tenso
 
 
 def _query_tiles(spans: Spans, size: int) -> torch.Tensor:
-    """Rows and first tokens within them [2, tiles] of the long rows' tiles, those with the most keys first."""
-    tiles = [(r, at) for r in range(spans.num_short, spans.num_rows) for at in range(0, spans.lengths[r], size)]
+    """Rows and first tokens within them [2, tiles] of the long rows' tiles, those with the most keys first. Tiles begin
+    on absolute multiples of `size`, so a row's first may begin before it: the order in which a token's keys are summed
+    goes by its tile, and must not go by where its prompt was cut."""
+    tiles = [(r, at) for r in range(spans.num_short, spans.num_rows)
+             for at in range(-(spans.contexts[r] % size), spans.lengths[r], size)]  # fmt: skip
     since = spans.since or (0,) * spans.num_rows
     tiles.sort(key=lambda tile: since[tile[0]] - spans.contexts[tile[0]] - tile[1])
     return spans.tensor(list(zip(*tiles)), torch.int32)

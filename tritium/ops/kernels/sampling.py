@@ -277,8 +277,8 @@ def _weigh(logits, allowed, best, state, tally, listed, sums, seen, token, tempe
                     count = tl.sum((x >= middle).to(tl.int32))
                     low, many = tl.where(count >= k, middle, low), tl.where(count >= k, count, many)
                     high, tries = tl.where(count >= k, high, middle), tries + 1
-                kept = kept & (x >= low)
-                _append(listed, state + 2, key, kept, many, FEW)
+                kept = kept & (weight >= _weight(low, peak, heat))  # with all whose weight is the bound's: ids tell
+                _append(listed, state + 2, key, kept, tl.sum(kept.to(tl.int32)), FEW)
                 entry = tally + tl.where(kept, _bin(weight), 0)
                 if k > 0:
                     tl.atomic_add(entry, tl.full([BLOCK], 1, tl.int64), mask=kept, sem="relaxed")
