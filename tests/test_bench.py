@@ -256,6 +256,12 @@ def test_every_op_has_a_line_at_the_models_sizes() -> None:
     assert moe == [{"T": 8, "E": 256, "K": 8, "H": 2048, "I": 512, "S": 512}]
 
 
+def test_an_op_that_does_not_exist_is_refused_by_name() -> None:
+    done = CliRunner().invoke(command, ["ops", "--op", "attention", "--device", "cpu"])
+    assert done.exit_code == 2
+    assert "attention is not one of attention_inputs," in done.output
+
+
 def test_a_server_is_asked_by_more_and_more_clients() -> None:
     with served(rambles(step_seconds=0.002)) as server:
         result = invoke("serve", server.url, "--concurrency", "1,3", "--each", "2", "--prompt", "40", "--tokens", "6")

@@ -89,8 +89,11 @@ def ops(rows: tuple[int, ...], contexts: tuple[int, ...], names: tuple[str, ...]
     from tritium.models.checkpoint import find_checkpoint
     from tritium.ops.spec import all_ops
 
+    known = {op.spec.name: op for op in all_ops()}
+    if unknown := sorted(set(names) - set(known)):
+        raise click.BadParameter(f"{unknown[0]} is not one of {', '.join(known)}", param_hint="--op")
     model, ceilings = find_checkpoint(config, weights=False).config, measure(config.device)
-    found = [op for op in all_ops() if op.spec.name in names or not names]
+    found = [known[name] for name in names or known]
     cells = benchmark.run(found, benchmark.sizes(model, rows, contexts), config.device, ceilings)
     _report("ops", config, cells, ceilings, plot)
 

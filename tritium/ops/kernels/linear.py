@@ -45,11 +45,7 @@ def _weights(tile, n, k, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _column(vector, k, K: tl.constexpr, EVEN: tl.constexpr):
-    if EVEN:
-        value = tl.load(vector + k)
-    else:
-        value = tl.load(vector + k, mask=k < K, other=0.0)
-    return value.to(tl.float32)
+    return (tl.load(vector + k) if EVEN else tl.load(vector + k, mask=k < K, other=0.0)).to(tl.float32)
 
 
 @triton.jit
