@@ -439,7 +439,7 @@ def quantized(
     found = parameters("quantized.one", x_MK, **key) if M == 1 and K * w.scheme.bits % 32 == 0 else {"rows": 0}
     if found["rows"]:
         rows, columns = found.pop("rows"), min(found.pop("columns"), max(128, power_of_2(K)))
-        blocks = min(found.pop("blocks", 1), cdiv(N, rows))
+        blocks = min(found.pop("blocks", 1), max(1, N // rows))  # no block lies beyond N
         prefetch = found.pop("prefetch") * ("dependent_launch" in target.features)
         launch(
             _one, (cdiv(P, 2) + cdiv(N, blocks * rows),), values, w.scales, plain, x_MK,
