@@ -1,6 +1,6 @@
 """The engine on a GPU: how a request is served changes no token there either, and Transformers agrees on the logits.
 
-In float32 the tokens are those of the CPU's references; in bfloat16 those of every way to serve are the same.
+In float32 the tokens are those of the CPU's references; in bfloat16 graphs give those of eager steps.
 """
 
 from __future__ import annotations
