@@ -9,9 +9,6 @@ from tritium.models.config import ModelConfig
 from tritium.models.parameters import Placement, blocks, parameter_shapes
 from tritium.ops.quantized import WEIGHT_ONLY, Quantized, Weight, Weights, empty, expert_of, quantize_into, row_blocks
 
-_AT_ONCE = 1 << 24
-"""Numbers of experts that are quantized at once."""
-
 
 def allocate(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str,
              features: frozenset[str] | None = None) -> dict[str, Weights]:
@@ -46,7 +43,7 @@ def fill(weight: Weights, place: Placement, *source: torch.Tensor) -> None:
     if isinstance(region, torch.Tensor):
         region.copy_(source[0].reshape(region.shape))
     elif len(source) == 1:
-        _quantize(region, source[0])
+        quantize_into(region, source[0])
     else:
         _take(region, *source)
 
@@ -65,17 +62,6 @@ def _region(weight: Weights, place: Placement) -> torch.Tensor | Quantized:
         block = expert_of(block, place.expert)  # type: ignore[assignment]
     stop = start + place.stop - place.start
     return block[start:stop] if isinstance(block, torch.Tensor) else block.rows(start, stop)
-
-
-def _quantize(region: Quantized, source: torch.Tensor) -> None:
-    if source.dim() < 3:
-        quantize_into(region, source.to(region.device))
-        return
-    step = max(1, _AT_ONCE // source[0].numel())
-    for at in range(0, len(source), step):
-        some = slice(at, at + step)
-        part = region._replace(values=region.values[some], scales=region.scales[some])
-        quantize_into(part, source[some].to(region.device))
 
 
 def _take(region: Quantized, values: torch.Tensor, scales: torch.Tensor) -> None:

@@ -162,7 +162,7 @@ def quantize(w: torch.Tensor, scheme: Scheme, dtype: torch.dtype | None = None) 
 
 
 def quantize_into(out: Quantized, w: torch.Tensor) -> None:
-    """As `quantize`, into memory that is there."""
+    """As `quantize`, into memory that is there, on whatever device w is."""
     scheme, columns = out.scheme, w.shape[-1]
     if columns * scheme.bits % 8:
         raise ValueError(f"{scheme.name} keeps two numbers in a byte, and a row has {columns}")
@@ -172,9 +172,9 @@ def quantize_into(out: Quantized, w: torch.Tensor) -> None:
         return
     w_JK, values, scales = (x.reshape(-1, x.shape[-1]) for x in (w, out.values, out.scales))
     rows = max(1, _CHUNK // columns // scheme.rows) * scheme.rows
-    finite = torch.ones((), dtype=torch.bool, device=w.device)
+    finite = torch.ones((), dtype=torch.bool, device=values.device)
     for at in range(0, len(w_JK), rows):
-        blocks = _blocks(w_JK[at : at + rows].float(), scheme)
+        blocks = _blocks(w_JK[at : at + rows].to(values.device).float(), scheme)
         finite &= blocks.isfinite().all()
         q, scale = _ROUNDED[scheme.values, scheme.scales](blocks)
         q_JK = q.flatten(2).flatten(0, 1)[: len(w_JK) - at, :columns]
