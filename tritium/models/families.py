@@ -26,7 +26,9 @@ FAMILY = tuple(f"{release}-{size}" for release, sizes in _RELEASES.items() for s
 
 
 def family_config(name: str) -> dict[str, Any] | None:
-    """The config.json of a member of the family, with its MTP head; None for a name that is not in `FAMILY`."""
+    """The config.json of a member of the family, with its MTP head, less what `parse_config` takes where a key is not
+    there (4 layers from one of attention to the next, its heads of 256 dims, GDN's of 128, ...); None for a name that
+    is not in `FAMILY`."""
     if name.lower() not in FAMILY:
         return None
     hidden, layers, heads, kv_heads, values, width, tied = _SIZES[name.lower().split("-", 1)[1]]
@@ -37,19 +39,11 @@ def family_config(name: str) -> dict[str, Any] | None:
         "vocab_size": 248320,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "full_attention_interval": 4,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
         "linear_num_value_heads": values,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "mamba_ssm_dtype": "float32",
-        "rms_norm_eps": 1e-6,
         "max_position_embeddings": 262144,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+        "rope_parameters": {"rope_theta": 1e7},
         "tie_word_embeddings": tied,
         "mtp_num_hidden_layers": 1,
     }
