@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import struct
+
+import numpy as np
 
 from tritium.models.config import RopeConfig
 
@@ -14,19 +15,16 @@ def inverse_frequencies(rope: RopeConfig) -> tuple[list[float], float]:
     The numbers are rounded to float32 where a float32 computation rounds them: a position of 100,000 makes one
     unit in the last place visible, and models are trained with frequencies computed in float32.
     """
-    exponents = [_f32(2 * i / rope.rotary_dim) for i in range(rope.rotary_dim // 2)]
-    wavelengths = [_f32(rope.theta**e) for e in exponents]
-    plain = [_f32(1.0 / w) for w in wavelengths]
+    pairs = np.arange(rope.rotary_dim // 2)
+    exponents = (2 * pairs / rope.rotary_dim).astype(np.float32)
+    wavelengths = np.array([rope.theta**e for e in exponents.tolist()], np.float32)
+    plain = 1 / wavelengths
     if rope.kind == "default":
-        return plain, 1.0
+        return plain.tolist(), 1.0
     low, high = _ramp_bounds(rope)
-    frequencies = []
-    for i, (w, extrapolated) in enumerate(zip(wavelengths, plain)):
-        ramp = min(max(_f32(_f32(i - low) / _f32(high - low)), 0.0), 1.0)
-        keep = _f32(1.0 - ramp)
-        interpolated = _f32(1.0 / _f32(rope.factor * w))
-        frequencies.append(_f32(_f32(interpolated * _f32(1.0 - keep)) + _f32(extrapolated * keep)))
-    return frequencies, _attention_factor(rope)
+    keep = 1 - np.clip((pairs - low).astype(np.float32) / np.float32(high - low), 0, 1)
+    interpolated = 1 / (rope.factor * wavelengths.astype(float)).astype(np.float32)
+    return (interpolated * (1 - keep) + plain * keep).tolist(), _attention_factor(rope)
 
 
 def _ramp_bounds(rope: RopeConfig) -> tuple[float, float]:
@@ -52,8 +50,3 @@ def _attention_factor(rope: RopeConfig) -> float:
     if rope.mscale and rope.mscale_all_dim:
         return scale(rope.mscale) / scale(rope.mscale_all_dim)
     return scale(1.0)
-
-
-def _f32(x: float) -> float:
-    """x rounded to float32."""
-    return float(struct.unpack("f", struct.pack("f", x))[0])
