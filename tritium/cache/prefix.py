@@ -144,13 +144,7 @@ class PrefixCache:
 
     def match(self, ids: Tokens, limit: int, *, align: int = 1) -> Match:
         """The most that a sequence can take over of [0, limit). `align`: see `may_resume`."""
-        path = [self._root]
-        while True:
-            wanted = ids(path[-1].end, min(path[-1].end + PAGE_TOKENS, limit))
-            child, common = _nearest(path[-1], wanted)
-            if child is None or common < PAGE_TOKENS:
-                break
-            path.append(child)
+        path, child, common, wanted = self._descend(ids, limit)
         kv_length = path[-1].end + common
         parted = child.key[common:] if child is not None and common < len(wanted) else ()
         evicted, below = 0, child
@@ -346,11 +340,11 @@ class PrefixCache:
 
     # ---- to and from files ------------------------------------------------------------------------------------
 
-    def holdings(self, ids: Ids | None = None) -> tuple[list[tuple[Node, int]], list[tuple[int, Checkpoint]]]:
+    def holdings(self, ids: Ids) -> tuple[list[tuple[Node, int]], list[tuple[int, Checkpoint]]]:
         """What a file would hold: pages with how many of their tokens, parents first; and checkpoints, each with the
-        index of a page that covers it. Those used last come first. With `ids`: the pages of these tokens, and all
-        that continues them."""
-        chosen = None if ids is None else self._chosen(ids)
+        index of a page that covers it. Those used last come first. Only the pages of `ids` and all that continues
+        them, which is all where there are none."""
+        chosen = self._chosen(ids)
         leaves = [node for node in self.walk() if not node.nodes and node not in self._leaves]
         pages: dict[Node, int] = {}
         for leaf in (*leaves, *reversed(self._leaves)):
@@ -358,9 +352,7 @@ class PrefixCache:
             while node.parent is not None and node not in pages:
                 path.append(node)
                 node = node.parent
-            pages |= {node: len(node.key) for node in reversed(path) if chosen is None or node in chosen}
-        if chosen is not None:
-            pages = {node: chosen[node] for node in pages}
+            pages |= {node: chosen[node] for node in reversed(path) if node in chosen}
         found: dict[Checkpoint, int] = {}
         for i, (node, count) in enumerate(pages.items()):
             assert node.parent is not None
@@ -423,18 +415,23 @@ class PrefixCache:
 
     def _chosen(self, ids: Ids) -> dict[Node, int]:
         """The pages of a sequence and of all that continues it, and how many tokens of each are theirs."""
-        node, chosen = self._root, {}
-        while True:
-            wanted = ids[node.end : node.end + PAGE_TOKENS]
-            child, common = _nearest(node, wanted)
-            if child is None or common < PAGE_TOKENS:
-                break
-            chosen[child] = common
-            node = child
+        path, child, common, wanted = self._descend(lambda start, stop: ids[start:stop], len(ids))
+        chosen = dict.fromkeys(path[1:], PAGE_TOKENS)
         if common < len(wanted):
             return chosen | ({child: common} if child is not None and common else {})
-        top = [each for each, key in zip(node.nodes, node.keys) if key[:common] == wanted]
+        top = [each for each, key in zip(path[-1].nodes, path[-1].keys) if key[:common] == wanted]
         return chosen | {node: len(node.key) for node in self.walk(top)}
+
+    def _descend(self, ids: Tokens, limit: int) -> tuple[list[Node], Node | None, int, Ids]:
+        """Down from the root as far as full pages hold a sequence's [0, limit): these, the page behind them that begins
+        most like what is left, how many tokens it has of that, and up to a page of what is left."""
+        path = [self._root]
+        while True:
+            wanted = ids(path[-1].end, min(path[-1].end + PAGE_TOKENS, limit))
+            child, common = _nearest(path[-1], wanted)
+            if child is None or common < PAGE_TOKENS:
+                return path, child, common, wanted
+            path.append(child)
 
     # ---- nodes ------------------------------------------------------------------------------------------------
 

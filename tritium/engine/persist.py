@@ -67,7 +67,7 @@ class CacheFiles:
         """Writes what `cache` holds, or of it what `ids` select. Raises `CacheFileError`, and then leaves the file of
         that name as it was."""
         path = self._path(name)
-        pages, states = cache.holdings(ids)
+        pages, states = cache.holdings(ids or ())
         if not pages:
             raise CacheFileError("there is nothing to save: none of it is in the cache")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
