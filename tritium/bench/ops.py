@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from tritium.hw import probe
 from tritium.models.config import ModelConfig
 from tritium.models.parameters import blocks
 from tritium.ops.quantized import FORMS
-from tritium.ops.spans import Spans
 from tritium.ops.spec import Dims, Op
 
 _COLD_BYTES, _MOST_BYTES, _MOST_COPIES = 512 << 20, 24 << 30, 64
@@ -101,27 +99,11 @@ def _inputs(op: Op, dims: Dims, dtype: torch.dtype, device: torch.device, moved:
     while len(calls) < copies:
         generator = torch.Generator(device).manual_seed(len(calls))
         with device:  # drawn where it is used: a CPU takes seconds for a head
-            drawn = op.spec.inputs(dims, dtype, generator)
-        calls.append({name: _on(value, device) for name, value in drawn.items()})
+            calls.append(op.spec.inputs(dims, dtype, generator))
         if len(calls) == 1:
             held = sum(value.nbytes for value in calls[0].values() if hasattr(value, "nbytes"))
             copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(moved, 1)), max(1, _MOST_BYTES // max(held, 1)))
     return calls
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Spans):
-        return dataclasses.replace(value, device=device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_on(part, device) for part in value))
-    if isinstance(value, tuple):
-        return tuple(_on(part, device) for part in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: _on(getattr(value, f.name), device)
-                                             for f in dataclasses.fields(value) if f.init})
-    return value
 
 
 def _round(op: Op, calls: Sequence[dict[str, Any]], gpu: bool) -> Any:

@@ -54,7 +54,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "k_pages": randn(generator, *shape, dtype=dtype),
         "v_pages": randn(generator, *shape, dtype=dtype),
         "spans": Spans(
-            lengths, contexts, tuple(range(1, rows + 1)), tuple(tables), torch.device("cpu"),
+            lengths, contexts, tuple(range(1, rows + 1)), tuple(tables), torch.get_default_device(),
             drafts=tuple(max(length - 1, 0) if each else 0 for length in lengths),
             since=tuple(min(dims["S"], start) for start in contexts) if "S" in dims else (),
         ),

@@ -36,9 +36,10 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "k_pages": torch.zeros(8, g, 64, d, dtype=dtype),
         "v_pages": torch.zeros(8, g, 64, d, dtype=dtype),
         "spans": Spans(
-            lengths, contexts, (1, 2)[: len(lengths)], ((3, 1, 2), (5, 6, 4))[: len(lengths)], torch.device("cpu")
+            lengths, contexts, (1, 2)[: len(lengths)], ((3, 1, 2), (5, 6, 4))[: len(lengths)],
+            torch.get_default_device(),
         ),
-    }
+    }  # fmt: skip
 
 
 SPEC = OpSpec(

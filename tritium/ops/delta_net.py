@@ -50,7 +50,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
             contexts,
             (1, 2, 3, 8)[: len(lengths)],
             ((1,),) * len(lengths),
-            torch.device("cpu"),
+            torch.get_default_device(),
             sources=(4 if drafts else 1, 2, 3, 9)[: len(lengths)],
             folds=(drafts and 2, 0, 0, 0)[: len(lengths)],
             drafts=(drafts, 0, 0, 0)[: len(lengths)],

@@ -51,7 +51,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
     return {
         "host_HR": host_HR,
         "drawn_D": torch.randint(-1, 60, (64,), generator=generator),
-        "table": empty_table(rows, tokens, 9, torch.device("cpu")),
+        "table": empty_table(rows, tokens, 9, torch.get_default_device()),
         "ids_T": torch.zeros(rows * tokens, dtype=torch.int64),
         "next_S": torch.zeros(rows * tokens, dtype=torch.int64),
     }

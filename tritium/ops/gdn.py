@@ -47,7 +47,7 @@ def _inputs(dims: Dims, dtype: torch.dtype, generator: torch.Generator) -> dict[
         "dt_bias_N": randn(generator, heads, dtype=full, scale=0.5),
         "state": randn(generator, rows + 2, heads, key, value, dtype=full, scale=0.3),
         "pending": randn(generator, rows + 2, 3, heads * (key + value + 2), dtype=full),
-        "spans": Spans(lengths, contexts, tuple(range(rows, 0, -1)), ((1,),) * rows, torch.device("cpu")),
+        "spans": Spans(lengths, contexts, tuple(range(rows, 0, -1)), ((1,),) * rows, torch.get_default_device()),
         "key_heads": dims["nk"],
     }
 

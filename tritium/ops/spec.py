@@ -20,10 +20,10 @@ Dims = Mapping[str, int]
 class OpSpec:
     """The contract of one op.
 
-    `inputs(dims, dtype, generator)` draws keyword arguments for a call; tensors that the op updates in place are
-    among them. `results(arguments, returned)` names every tensor a call must have produced, in-place ones included.
-    `bytes_moved(dims, itemsize)` and `flops(dims)` count what a call cannot avoid. `tolerance` is the allowed ratio
-    of a form's error against float64 to the error of the reference in the same dtype.
+    `inputs(dims, dtype, generator)` draws keyword arguments for a call, on torch's default device; tensors that the op
+    updates in place are among them. `results(arguments, returned)` names every tensor a call must have produced,
+    in-place ones included. `bytes_moved(dims, itemsize)` and `flops(dims)` count what a call cannot avoid. `tolerance`
+    is the allowed ratio of a form's error against float64 to the error of the reference in the same dtype.
     """
 
     name: str
