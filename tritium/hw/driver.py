@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritium.hw.host import host_memory
+from tritium.hw.host import host_memory, text
 
 _PAGE = 4096
 _OF_SYSTEM = 8 << 30
@@ -22,11 +22,11 @@ _SMALL = 1 << 30
 
 def driver_version(root: Path = Path("/")) -> str:
     """In words; empty where there is no driver. `root` stands in for / in tests."""
-    if text := _text(root / "proc/driver/nvidia/version"):
-        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text.splitlines()[0])
+    if told := text(root / "proc/driver/nvidia/version"):
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", told.splitlines()[0])
         return f"NVIDIA {found[0]}" if found else "NVIDIA"
     if (root / "sys/module/amdgpu").is_dir():
-        version, kernel = _text(root / "sys/module/amdgpu/version"), _text(root / "proc/sys/kernel/osrelease")
+        version, kernel = text(root / "sys/module/amdgpu/version"), text(root / "proc/sys/kernel/osrelease")
         return f"amdgpu {version}" if version else f"amdgpu of Linux {kernel}"
     return ""
 
@@ -61,19 +61,12 @@ class SharedMemory:
 def shared_memory(root: Path = Path("/")) -> SharedMemory | None:
     """Of the AMD card that may map the most; None where there is none."""
     cards = [
-        (int(_text(card / "mem_info_gtt_total")), int(_text(card / "mem_info_vram_total") or 0))
+        (int(text(card / "mem_info_gtt_total")), int(text(card / "mem_info_vram_total") or 0))
         for card in (root / "sys/class/drm").glob("card*/device")
-        if _text(card / "mem_info_gtt_total")
+        if text(card / "mem_info_gtt_total")
     ]
     if not cards:
         return None
     gtt, vram = max(cards)
-    limit = int(_text(root / "sys/module/ttm/parameters/pages_limit") or 0) * _PAGE
+    limit = int(text(root / "sys/module/ttm/parameters/pages_limit") or 0) * _PAGE
     return SharedMemory(machine=host_memory(root)[0], carved_out=vram, gtt=gtt, limit=limit)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

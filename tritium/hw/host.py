@@ -22,9 +22,9 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
         if limit is None or limit >= _UNLIMITED:
             continue
         used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
-        reclaimable = _stat(group / "memory.stat", "inactive_file")
+        stat = dict(line.split() for line in text(group / "memory.stat").splitlines())
         total = min(total, limit)
-        available = min(available, max(0, limit - used + reclaimable))
+        available = min(available, max(0, limit - used + int(stat.get("inactive_file", 0))))
     return total, available
 
 
@@ -33,16 +33,16 @@ def available_cores(root: Path = Path("/")) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     for group in _groups(root, "cpu"):
-        quota, period = _quota(group)
-        if quota is not None and period:
-            cores = min(cores, quota // period)
+        # CPU time and the period it is for, in microseconds; no number where there is no quota.
+        told = text(group / "cpu.max").split() or [text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+        if all(number.isdecimal() for number in told):
+            cores = min(cores, int(told[0]) // int(told[1]))
     return max(1, cores)
 
 
 def _machine_memory(root: Path) -> tuple[int, int]:
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
+    lines = text(root / "proc/meminfo").splitlines()
+    if not lines:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total, total // 2  # what is free cannot be asked portably
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -52,11 +52,7 @@ def _machine_memory(root: Path) -> tuple[int, int]:
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The control groups above this process, innermost first, then the root of the tree."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
+    for line in text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             base = root / "sys/fs/cgroup"
@@ -68,25 +64,14 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         yield from (parent for parent in (group, *group.parents) if parent.is_relative_to(base))
 
 
-def _quota(group: Path) -> tuple[int | None, int]:
-    """CPU time and the period it is for, in microseconds; None: no quota."""
-    try:
-        quota, period = (group / "cpu.max").read_text().split()
-        return (None if quota == "max" else int(quota)), int(period)
-    except (OSError, ValueError):
-        quota_us, period_us = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
-        return (quota_us if quota_us and quota_us > 0 else None), period_us or 0
-
-
 def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # absent, or "max"
-        return None
+    """None where the file is absent, or says "max"."""
+    return int(found) if (found := text(path)).isdecimal() else None
 
 
-def _stat(path: Path, key: str) -> int:
+def text(path: Path) -> str:
+    """What a small file says; empty where it cannot be read."""
     try:
-        return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == key)
-    except (OSError, ValueError, StopIteration):
-        return 0
+        return path.read_text().strip()
+    except OSError:
+        return ""

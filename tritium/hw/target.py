@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tritium.core import ConfigError
-from tritium.hw.host import available_cores, host_memory
+from tritium.hw.host import available_cores, host_memory, text
 
 _CPU_FEATURES = {
     "dot_bf16": {"avx512_bf16", "amx_bf16", "bf16"},
@@ -167,10 +167,7 @@ def _probe_cpu() -> Target:
 
 def _cpu_identity() -> tuple[str, set[str]]:
     """Name of the CPU and the instruction flags that Linux reports (none elsewhere)."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        first = ""
+    first = text(Path("/proc/cpuinfo")).split("\n\n")[0]
     told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
     name = told.get("model name") or platform.processor() or platform.machine()
     return name, set((told.get("flags") or told.get("Features", "")).split())
