@@ -90,10 +90,6 @@ def named(arch: str) -> Target:
     if arch not in _CHIPS:
         raise ConfigError(f"{arch} is not a target that Tritium knows", hint=", ".join(NAMED))
     name, cores, shared, warp, memory, speed = _CHIPS[arch]
-    if arch.startswith("gfx"):
-        features = _hip_features(arch) | ({"unified_memory"} if arch == "gfx1151" else set())
-    else:
-        features = _cuda_features((int(arch[3:-1]), int(arch[-1])))
     return Target(
         kind="hip" if arch.startswith("gfx") else "cuda",
         device="meta",
@@ -102,19 +98,21 @@ def named(arch: str) -> Target:
         cores=cores,
         memory_total=memory << 30,
         memory_available=memory << 30,
-        features=frozenset(features),
+        features=_features(arch, unified=arch == "gfx1151"),
         warp_size=warp,
         shared_memory_per_workgroup=shared,
         bandwidth=speed * 10**9,
     )
 
 
-def _hip_features(arch: str) -> set[str]:
-    return {feature for prefix, has in _HIP_FEATURES.items() if arch.startswith(prefix) for feature in has}
-
-
-def _cuda_features(capability: tuple[int, int]) -> set[str]:
-    return {feature for feature, since in _CUDA_FEATURES.items() if capability >= since}
+def _features(arch: str, *, unified: bool) -> frozenset[str]:
+    """Of a GPU, which shares the machine's memory if `unified`."""
+    if arch.startswith("gfx"):
+        found = {feature for prefix, has in _HIP_FEATURES.items() if arch.startswith(prefix) for feature in has}
+    else:
+        capability = int(arch[3:-1]), int(arch[-1])
+        found = {feature for feature, since in _CUDA_FEATURES.items() if capability >= since}
+    return frozenset(found | {"unified_memory"} if unified else found)
 
 
 def probe(device: str = "auto") -> Target:
@@ -178,23 +176,17 @@ def _probe_gpu(index: int) -> Target:
 
     properties: Any = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    if torch.version.hip:
-        kind, arch = "hip", str(properties.gcnArchName).split(":")[0]
-        features = _hip_features(arch)
-    else:
-        kind, arch = "cuda", f"sm_{properties.major}{properties.minor}"
-        features = _cuda_features((properties.major, properties.minor))
-    if properties.is_integrated:
-        features.add("unified_memory")
+    hip = bool(torch.version.hip)
+    arch = str(properties.gcnArchName).split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
     return Target(
-        kind=kind,
+        kind="hip" if hip else "cuda",
         device=f"cuda:{index}",
         name=properties.name,
         arch=arch,
         cores=properties.multi_processor_count,
         memory_total=total,
         memory_available=free,
-        features=frozenset(features),
+        features=_features(arch, unified=bool(properties.is_integrated)),
         host_memory=0 if properties.is_integrated else host_memory()[1],
         warp_size=properties.warp_size,
         shared_memory_per_workgroup=getattr(
