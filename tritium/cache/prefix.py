@@ -278,7 +278,7 @@ class PrefixCache:
         `cold` puts it among the first to be evicted."""
         node = next(node for node in _upwards(lease.node) if node.end < position or node.parent is None)
         key = ids(node.end, position)
-        assert _covered(node, key), "a checkpoint without its KV"
+        assert _nearest(node, key)[1] == len(key), "a checkpoint without its KV"
         found = self._checkpoint(node, key)
         if found.slot is not None:  # one state a position
             self._slots.release(slot)
@@ -473,7 +473,7 @@ class PrefixCache:
         self._forget(node)
         for offset, here in list(parent.checkpoints.items()):
             key = node.key[:offset]
-            if len(key) == offset and key in here and not _covered(parent, key):
+            if len(key) == offset and key in here and _nearest(parent, key)[1] < offset:  # nothing covers it now
                 self._remove_checkpoint(here[key])
         if len(node.key) == PAGE_TOKENS:
             self._ghost_pages[node.path] = None
@@ -604,9 +604,3 @@ def _nearest(parent: Node, key: Ids) -> tuple[Node | None, int]:
             if best is None or common > most:
                 best, most = parent.nodes[j], common
     return best, most
-
-
-def _covered(parent: Node, key: Ids) -> bool:
-    """Whether a child begins with `key`."""
-    i = bisect_left(parent.keys, key)
-    return i < len(parent.keys) and parent.keys[i][: len(key)] == key

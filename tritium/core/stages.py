@@ -86,11 +86,7 @@ class Request:
     def ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Tokens [start, stop) of prompt + output."""
         n = len(self.prompt_ids)
-        if stop <= n:
-            return tuple(self.prompt_ids[start:stop])
-        if start >= n:
-            return tuple(self.output_ids[start - n : stop - n])
-        return tuple(self.prompt_ids[start:]) + tuple(self.output_ids[: stop - n])
+        return (*self.prompt_ids[start:stop], *self.output_ids[max(0, start - n) : max(0, stop - n)])
 
 
 SHORT_ROW = 16
