@@ -176,7 +176,7 @@ def quantize_into(out: Quantized, w: torch.Tensor) -> None:
     for at in range(0, len(w_JK), rows):
         blocks = _blocks(w_JK[at : at + rows].to(values.device).float(), scheme)
         finite &= blocks.isfinite().all()
-        q, scale = _ROUNDED[scheme.values, scheme.scales](blocks)
+        q, scale = _scaled(blocks, scheme.values) if scheme.bits == 8 else _FOUR_BITS[scheme.scales](blocks)
         q_JK = q.flatten(2).flatten(0, 1)[: len(w_JK) - at, :columns]
         values[at : at + rows] = q_JK if scheme.bits == 8 else q_JK[:, ::2] | q_JK[:, 1::2] << 4
         scales[at // scheme.rows : (at + rows - 1) // scheme.rows + 1] = scale[:, 0, :, 0]
@@ -269,9 +269,5 @@ def _mxfp4(blocks: torch.Tensor) -> Any:
     return _best(blocks, tries())
 
 
-_ROUNDED = {
-    (torch.int8, torch.float32): lambda blocks: _scaled(blocks, torch.int8),
-    (torch.float8_e4m3fn, torch.float32): lambda blocks: _scaled(blocks, torch.float8_e4m3fn),
-    (torch.uint8, torch.bfloat16): _int4,
-    (torch.uint8, torch.uint8): _mxfp4,
-}
+_FOUR_BITS = {torch.bfloat16: _int4, torch.uint8: _mxfp4}
+"""By the dtype of scales."""
