@@ -91,23 +91,20 @@ def find_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
     if not dummy and raw is not None:
         raise CheckpointError(f"{config.model} is a shape without weights", hint="--load-format dummy for random "
                               "weights, or the directory or hub name (owner/name) of a checkpoint")
-    text = resolve("tritium-dense") if raw else resolve(config.model, config.revision, config.download_dir,
-                                                        weights=not dummy)
-    if not dummy:
-        return open_checkpoint(text, config)
     if raw is None:
-        generation = text / "generation_config.json"
-        told = read_json(text / "config.json")
-        model = parse_config(told, generation=read_json(generation) if generation.exists() else None)
+        text = resolve(config.model, config.revision, config.download_dir, weights=not dummy)
+        if not dummy:
+            return open_checkpoint(text, config)
+        told, model = _configured(text)
         if config.quantize is None and (layout := layout_of(told)):
             raise ConfigError(f"{config.model} is {layout.scheme}, as random weights are only where --quantize says so",
                               hint=f"--quantize {layout.scheme.removesuffix('-block')}")
-        if (text / "tokenizer.json").exists():
-            return Checkpoint(text, _quantized(model, config, published_names(model)), {}, is_dummy=True)
-        text = resolve("tritium-dense")
     else:
         model = parse_config(raw)
     model = _quantized(model, config, published_names(model))
+    if raw is None and (text / "tokenizer.json").exists():
+        return Checkpoint(text, model, {}, is_dummy=True)
+    text = resolve("tritium-dense")
     return Checkpoint(text, model, {}, is_dummy=True, text_ids=int(read_json(text / "config.json")["vocab_size"]))
 
 
@@ -168,9 +165,7 @@ def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Chec
     loses its MTP head; one that says tied but holds an lm_head.weight other than the embeddings is not tied, as in
     Transformers (an equal one is the tied tensor itself). Raises `CheckpointError` or `ConfigError`.
     """
-    raw = read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
-    config = parse_config(raw, generation=read_json(generation) if generation.exists() else None)
+    raw, config = _configured(directory)
     stored = stored_tensors(directory)
     by_name = _canonical(stored)
     layout = layout_of(raw)
@@ -191,6 +186,12 @@ def open_checkpoint(directory: Path, engine: EngineConfig | None = None) -> Chec
     if never := [names[name] for name in brought.keys() - set(quantizable(config))]:
         raise CheckpointError(f"{directory}: tensors are quantized that must not be: {_some(sorted(never))}")
     return Checkpoint(directory, replace(config, schemes=tuple(brought.items())), tensors)
+
+
+def _configured(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """config.json, and what it and generation_config.json say."""
+    raw, generation = read_json(directory / "config.json"), directory / "generation_config.json"
+    return raw, parse_config(raw, generation=read_json(generation) if generation.exists() else None)
 
 
 def table(checkpoint: Checkpoint, width: int) -> list[tuple[str, str, int]]:
