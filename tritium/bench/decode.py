@@ -175,15 +175,13 @@ def _scatter(engine: Engine, rows: Sequence[Any], alike: bool) -> None:
 
 
 def _timed(engine: Engine, rows: int, context: int, steps: int, rounds: int, ceilings: Ceilings) -> dict[str, Any]:
-    graphs = getattr(engine.runner, "graphs", None)
     _run(engine, WARM_UP)
-    if graphs is not None:
-        engine.runner.gaps.clear()
+    engine.runner.gaps.clear()
     with _replayed() as replayed:
         runs = [_run(engine, steps) for _ in range(rounds)]
     seconds, tokens = (middle([run[i] / steps for run in runs]) for i in (0, 1))
     found: dict[str, Any] = {"ms": 1e3 * seconds}
-    if graphs is not None and replayed:
+    if replayed:
         torch.cuda.synchronize()
         of_a_step = replayed[-max(1, len(replayed) // (steps * rounds)) :]
 

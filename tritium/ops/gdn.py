@@ -111,8 +111,9 @@ def reference(
     decay_UN11, beta_UN1 = decay_UN[:, :, None, None], beta_UN[:, :, None]
 
     state_RNKV = state.index_select(0, spans.sources_R[order.rows]).to(compute)
-    for r in spans.fresh:
-        state_RNKV[order.rows == r] = 0
+    for r, begin in enumerate(spans.begins):
+        if begin == 0:  # the row starts from zero
+            state_RNKV[order.rows == r] = 0
     scratch_RNKV = torch.empty_like(state_RNKV)  # new memory costs more than the arithmetic
     o_UNV = torch.empty(folded + tokens, heads, value, dtype=compute, device=qkv_TC.device)
     begin = 0

@@ -122,11 +122,6 @@ class Spans:
         return tuple(context - fold for context, fold in zip(self.contexts, self.folds))
 
     @cached_property
-    def fresh(self) -> tuple[int, ...]:
-        """Rows that start from zero."""
-        return tuple(r for r, begin in enumerate(self.begins) if begin == 0)
-
-    @cached_property
     def saves(self) -> tuple[tuple[int, int, int], ...]:
         """(row, tokens after `begins`, slot): every state to store, each row's own and its snapshots."""
         out = []
