@@ -23,7 +23,6 @@ from tritium.core import (
     FinishReason,
     Request,
     RequestError,
-    Status,
     Timing,
     TokenEvent,
     TokenLogprob,
@@ -124,7 +123,6 @@ class ScriptedEngine:
         for key in sorted(self._waiting, key=lambda key: self._waiting[key].priority):
             if len(self._running) < self.max_num_seqs:
                 request = self._running[key] = self._waiting.pop(key)
-                request.status = Status.RUNNING
                 self._count(prompt_tokens=len(request.prompt_ids))
         return [self._advance(request) for request in list(self._running.values())]
 
@@ -156,7 +154,7 @@ class ScriptedEngine:
         request.first_token_at = request.first_token_at or now
         done = request.finish_reason is not None
         if done:
-            request.status, request.finished_at = Status.FINISHED, now
+            request.finished_at = now
             del self._running[request.id]
         logprobs, prompt_logprobs = request.sampling.logprobs, request.sampling.prompt_logprobs
         return TokenEvent(

@@ -25,7 +25,6 @@ from tritium.core.stages import (
     RowResult,
     Site,
     StateMove,
-    Status,
     StepPlan,
     StepResult,
     Timing,
@@ -39,7 +38,7 @@ from tritium.core.stages import (
 __all__ = [
     "AHEAD", "MOST_ENDS", "PAGE_TOKENS", "SHORT_ROW", "AnswerRules", "CacheCall", "CacheFileError", "CapacityError",
     "CheckpointError", "ConfigError", "Constrain", "Constraint", "EngineDeadError", "EngineStats", "Event",
-    "FinishReason", "Request", "RequestError", "RowPlan", "RowResult", "SamplingParams", "Site", "StateMove", "Status",
+    "FinishReason", "Request", "RequestError", "RowPlan", "RowResult", "SamplingParams", "Site", "StateMove",
     "StepPlan", "StepResult", "Timing", "TokenEvent", "TokenLogprob", "ToolCall", "ToolCallDelta", "TritiumError",
     "Usage",
 ]  # fmt: skip

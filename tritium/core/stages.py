@@ -27,12 +27,6 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-class Status(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence: its ids, what it asks, and how far it is computed. Owned by the scheduler once added."""
@@ -52,12 +46,12 @@ class Request:
     """Smaller is served first; first come, first served within one priority."""
     arrival: int = -1
     """Order of arrival, set by the scheduler, kept over preemption."""
-    status: Status = Status.WAITING
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens of prompt + output whose KV and recurrent state are in the pools."""
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
+    """While it runs."""
     fold: int = 0
     """The last `fold` computed tokens were drafts: the slot's state is that of num_computed - fold, and their inputs
     are kept beside it."""

@@ -45,7 +45,6 @@ from tritium.core import (
     RequestError,
     RowPlan,
     RowResult,
-    Status,
     StepPlan,
     StepResult,
     Timing,
@@ -118,7 +117,6 @@ class Scheduler:
             request.constraint = self.constrain(request.rules)
         request.arrival = self._arrivals
         self._arrivals += 1
-        request.status = Status.WAITING
         self._requests[request.id] = request
         insort(self._waiting, request, key=_order)
 
@@ -136,7 +134,7 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens
         stops: dict[Request, int] = {}  # how far this step computes each of its requests
         for request in tuple(self._running):  # the victim of a page is always younger than who asks: not yet seen
-            if _decodes(request) and request.status is Status.RUNNING and self._grow(request, preempted):
+            if _decodes(request) and request.slot is not None and self._grow(request, preempted):
                 stops[request] = request.num_tokens
         budget -= len(stops)
         for request in stops if self._proposer else ():
@@ -243,14 +241,12 @@ class Scheduler:
             if not self.reuse.admit(request):
                 return None
             _remove(self._waiting, request)
-            request.status = Status.RUNNING
             insort(self._running, request, key=_order)
             return request
         return None
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
-        request.status = Status.WAITING
         request.num_computed = request.fold = 0
         request.drafts = ()
         request.num_preemptions += 1
@@ -259,7 +255,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         ended_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
-        if request.status is Status.RUNNING:
+        if request.slot is not None:
             # A row that is planned ahead of an end leaves the state as it is.
             settled = ended_itself or request not in self._under_way
             self._release(request, keep=reason is not FinishReason.ERROR, settled=settled)
@@ -269,7 +265,6 @@ class Scheduler:
         del self._requests[request.id]
         if self._proposer:
             self._proposer.forget(request.id)
-        request.status = Status.FINISHED
         request.finish_reason = reason
         request.finished_at = time.monotonic()
 
