@@ -111,12 +111,9 @@ EMBED_SPEC = OpSpec(
 )
 
 
-def embed_reference(
-    *, ids_T: torch.Tensor, embed_VK: torch.Tensor, clear_C: torch.Tensor | None = None
-) -> torch.Tensor:
+def embed_reference(*, ids_T: torch.Tensor, embed_VK: torch.Tensor, clear_C: torch.Tensor) -> torch.Tensor:
     """x_TK; sets `clear_C` (int32), what the layers of one step leave each other, to 0."""
-    if clear_C is not None:
-        clear_C.zero_()
+    clear_C.zero_()
     return functional.embedding(ids_T, embed_VK).to(wide(embed_VK.dtype))
 
 

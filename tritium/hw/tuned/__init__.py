@@ -33,7 +33,8 @@ def table(name: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-Key = tuple[str, tuple[tuple[str, int], ...]]
+Sizes = tuple[tuple[str, int], ...]
+Key = tuple[str, Sizes]
 """An op's name and the sizes asked for."""
 
 _trial: ContextVar[Mapping[Key, dict[str, Any]] | None] = ContextVar("trial", default=None)
@@ -61,28 +62,25 @@ def observed() -> Iterator[dict[Key, None]]:
         _observed.reset(token)
 
 
-def launch_parameters(op: str, target: Target, key: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+def launch_parameters(op: str, target: Target, key: Sizes) -> dict[str, Any]:
     """Parameters of `op` for the sizes in `key`. Raises KeyError for an op that no file knows."""
     if (seen := _observed.get()) is not None:
         seen[op, key] = None
     if (tried := _trial.get()) and (op, key) in tried:
         return tried[op, key]
-    return _of_files(op, target, key)
-
-
-@lru_cache(maxsize=4096)
-def _of_files(op: str, target: Target, key: tuple[tuple[str, int], ...]) -> dict[str, Any]:
-    parameters: dict[str, Any] = choice(op, target, dict(key))["parameters"]
+    parameters: dict[str, Any] = choice(op, target, key)["parameters"]
     return parameters
 
 
-def choice(op: str, target: Target, key: dict[str, int]) -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def choice(op: str, target: Target, key: Sizes) -> dict[str, Any]:
     """The entry that serves, with `file`, and `how`: exact, nearest or default."""
+    asked = dict(key)
     for name in (target.arch, "default"):
         entries = table(name).get(op, [])
         if entries:
-            best = min(entries, key=lambda entry: (_distance(entry["key"], key), -len(entry["key"])))
-            how = "default" if name == "default" else "exact" if best["key"] == key else "nearest"
+            best = min(entries, key=lambda entry: (_distance(entry["key"], asked), -len(entry["key"])))
+            how = "default" if name == "default" else "exact" if best["key"] == asked else "nearest"
             return {**best, "file": f"{name}.json", "how": how}
     raise KeyError(f"no launch parameters for {op} in {DIRECTORY}")
 

@@ -67,11 +67,10 @@ def _embed(ids, embed, x, clear, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.con
         tl.store(clear + k, 0, mask=k < C)
 
 
-def embed(*, ids_T: torch.Tensor, embed_VK: torch.Tensor, clear_C: torch.Tensor | None = None) -> torch.Tensor:
+def embed(*, ids_T: torch.Tensor, embed_VK: torch.Tensor, clear_C: torch.Tensor) -> torch.Tensor:
     tokens, hidden = len(ids_T), embed_VK.shape[1]
     x_TK = torch.empty((tokens, hidden), dtype=torch.float32, device=embed_VK.device)
     found = parameters("embed", embed_VK, K=hidden)
-    clear_C = ids_T[:0] if clear_C is None else clear_C
     blocks = cdiv(max(hidden, len(clear_C)), found["BLOCK"])
     launch(_embed, (tokens, blocks), ids_T, embed_VK, x_TK, clear_C, K=hidden, C=len(clear_C), **found)
     return x_TK

@@ -141,11 +141,11 @@ def bucket(count: int) -> int:
 def parameters(op: str, x: torch.Tensor, **key: int) -> dict[str, Any]:
     """Launch parameters of `op` on the device of `x` for these sizes; `pdl` is 0 where the device has no dependent
     launch."""
-    target, recording = target_of(x), _recording.get()
+    target, recording, sizes = target_of(x), _recording.get(), tuple(sorted(key.items()))
     if recording is not None:
-        entry = choice(op, target, key)
+        entry = choice(op, target, sizes)
         recording.entries.append(f"{entry['file']}: {op} {json.dumps(entry['key'])} {entry['how']}")
-    found = launch_parameters(op, target, tuple(sorted(key.items())))
+    found = launch_parameters(op, target, sizes)
     return dict(found) if "dependent_launch" in target.features else {**found, "pdl": PDL_OFF}
 
 
