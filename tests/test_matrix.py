@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import random
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -18,12 +20,14 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton._C.libtriton import ir
 from triton.compiler import code_generator, make_backend
 
 from tritium.bench import matrix
-from tritium.core import SHORT_ROW
+from tritium.core import PROMPT_LOGITS, SHORT_ROW
 from tritium.engine import selftest
+from tritium.engine.memory_plan import workspace_bytes
 from tritium.hw import NAMED, named
 from tritium.models.config import FULL, LINEAR, parse_config
 from tritium.models.decoder import allocate_caches
@@ -35,7 +39,6 @@ from tritium.ops.sampling import call_every_form
 from tritium.ops.spans import Spans
 from tritium.ops.spec import all_ops
 from tritium.runner import Runner
-from tritium.runner.runner import PROMPT_LOGITS
 
 
 @triton.jit
@@ -349,3 +352,40 @@ def test_nothing_is_left_to_be_compiled_on_a_request(
                 step(runner, lengths, drafts, told, rng)
             left = {job.name: job.settings for key, job in forms(found, arch, known).items() if key not in ready}
             assert not left, (max_rows, drafts, budget, lengths, told)
+
+
+class Held(TorchDispatchMode):
+    """`most`: bytes that tensors made under it held at once, without those that only `launches` remember."""
+
+    def __init__(self, launches: list[Launch]) -> None:
+        super().__init__()
+        self.launches, self.tensors, self.now, self.most = launches, Counter[int](), 0, 0
+
+    def __torch_dispatch__(self, call: Callable[..., Any], types: Any, given: Any = (), options: Any = None) -> Any:
+        self.launches.clear()
+        out = call(*given, **(options or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, torch.Tensor):
+                storage, size = x.untyped_storage()._cdata, x.untyped_storage().nbytes()
+                self.now += 0 if self.tensors[storage] else size
+                self.tensors[storage] += 1
+                weakref.finalize(x, self.leave, storage, size)
+        self.most = max(self.most, self.now)
+        return out
+
+    def leave(self, storage: int, size: int) -> None:
+        self.tensors[storage] -= 1
+        self.now -= 0 if self.tensors[storage] else size
+
+
+@pytest.mark.parametrize("tokens", [64, 512, 4096])
+def test_a_start_holds_no_more_than_was_planned_for_steps(tokens: int) -> None:
+    """Logits of prompts too, where few tokens a step and few rows leave little room for them."""
+    config = parse_config(family_config("qwen3.5-0.8b") or {})
+    decoder, _ = matrix.stand_in(config, named("sm_90").features)
+    caches = allocate_caches(config, pages=64, slots=64, dtype=torch.bfloat16, device=decoder.device, drafts=0)
+    runner = Runner(decoder, caches, run_head=False)
+    fixed, per_row = workspace_bytes(config, tokens, 4096, 2)
+    with recorded("sm_90") as launches, Held(launches) as held:
+        runner.compile(1, 0, tokens, 1)
+    assert min(tokens, PROMPT_LOGITS) * config.vocab_size * 8 <= held.most <= fixed + per_row

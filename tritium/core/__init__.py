@@ -15,6 +15,7 @@ from tritium.core.stages import (
     AHEAD,
     MOST_ENDS,
     PAGE_TOKENS,
+    PROMPT_LOGITS,
     SHORT_ROW,
     CacheCall,
     EngineStats,
@@ -36,7 +37,8 @@ from tritium.core.stages import (
 )
 
 __all__ = [
-    "AHEAD", "MOST_ENDS", "PAGE_TOKENS", "SHORT_ROW", "AnswerRules", "CacheCall", "CacheFileError", "CapacityError",
+    "AHEAD", "MOST_ENDS", "PAGE_TOKENS", "PROMPT_LOGITS", "SHORT_ROW", "AnswerRules", "CacheCall", "CacheFileError",
+    "CapacityError",
     "CheckpointError", "ConfigError", "Constrain", "Constraint", "EngineDeadError", "EngineStats", "Event",
     "FinishReason", "Request", "RequestError", "RowPlan", "RowResult", "SamplingParams", "Site", "StateMove",
     "StepPlan", "StepResult", "Timing", "TokenEvent", "TokenLogprob", "ToolCall", "ToolCallDelta", "TritiumError",

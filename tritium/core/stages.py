@@ -83,6 +83,8 @@ class Request:
         return (*self.prompt_ids[start:stop], *self.output_ids[max(0, start - n) : max(0, stop - n)])
 
 
+PROMPT_LOGITS = 128
+"""The most tokens of a prompt whose logits are there at once: 127 MB of them where the vocabulary has 248,320."""
 SHORT_ROW = 16
 """Tokens of a row up to which it counts as short: decode rows with their drafts, and the ends of prompts. Short rows
 come first in a step."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tritium.cache import pages_for
 from tritium.config import EngineConfig, flag
-from tritium.core import PAGE_TOKENS, CapacityError, ConfigError
+from tritium.core import PAGE_TOKENS, PROMPT_LOGITS, CapacityError, ConfigError
 from tritium.hw import Target
 from tritium.models.config import ModelConfig
 from tritium.models.parameters import ITEM_BYTES, stored_sizes
@@ -210,6 +210,7 @@ def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int
                                                  prefill row of m = 256 nq
     MLP        3 T I (w + 4)                     gate, up, product
     experts    3 T (Im + Is) (w + 4) + T K H (w + 4) + 20 T E    one expert may get every token; outputs; router
+    prompts    9 V min(T, 128)                   logits, a copy, masks
     rope       4 L (rotary dims)
 
     and each row: 8 nv dk dv for its state in one layer and a product of that size; 20 V (D + 1) for float32 logits,
@@ -231,7 +232,8 @@ def workspace_bytes(config: ModelConfig, tokens: int, positions: int, width: int
         mlp = tokens * (inner * both + 20 * moe.num_experts)
 
     rope = _FLOAT32 * positions * config.rope.rotary_dim
-    fixed = 3 * tokens * hidden * width + max(gdn, attention, mlp) + rope
+    prompts = 9 * min(tokens, PROMPT_LOGITS) * config.vocab_size
+    fixed = 3 * tokens * hidden * width + max(gdn, attention, mlp, prompts) + rope
     return fixed, 8 * values * config.gdn_key_dim + 20 * config.vocab_size * (drafts + 1)
 
 

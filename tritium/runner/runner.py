@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tritium.core import SHORT_ROW, RowPlan, RowResult, Site, StepPlan, StepResult, TokenLogprob
+from tritium.core import PROMPT_LOGITS, SHORT_ROW, RowPlan, RowResult, Site, StepPlan, StepResult, TokenLogprob
 from tritium.draft import mtp
 from tritium.hw.tuned import Key, trial
 from tritium.models.decoder import Decoder
@@ -26,9 +26,6 @@ from tritium.runner.flight import Flight, in_order, landed
 from tritium.runner.graphs import Graphs, Replay, sizes
 from tritium.runner.states import States
 from tritium.sampling import Sampled, draw, prompt_logprobs
-
-PROMPT_LOGITS = 128
-"""The most tokens of a prompt whose logits are there at once: 127 MB of them where the vocabulary has 248,320."""
 
 Lengths = tuple[int, ...]
 """Tokens of each row of a step."""
