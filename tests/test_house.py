@@ -24,7 +24,7 @@ from tritium.core import SamplingParams
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tritium"
 BIN = Path(sys.executable).parent
-BUDGET = 17_400
+BUDGET = 17_300
 """Lines of code in tritium/: what is left without blank lines, comments and docstrings. (15,200, and the 480 of
 eval/tasks.py, which were not counted while words and sentences stood between them.)"""
 LONGEST_FILE = 600
