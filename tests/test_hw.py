@@ -58,6 +58,13 @@ def test_version_1_with_the_group_mounted_as_the_root_of_a_container(tmp_path: P
     assert host_memory(root) == (2 * GIB, 0)
 
 
+@pytest.mark.parametrize("told", ["max 100000", "0 100000", "100000 0"])
+def test_a_quota_that_says_nothing_takes_no_core_away(told: str, tmp_path: Path) -> None:
+    every = available_cores(machine(tmp_path / "free", {}))
+    files = {"proc/self/cgroup": "0::/app\n", "sys/fs/cgroup/app/cpu.max": told}
+    assert available_cores(machine(tmp_path / "told", files)) == every
+
+
 def test_version_1_without_a_limit(tmp_path: Path) -> None:
     limit = {"sys/fs/cgroup/memory/memory.limit_in_bytes": (1 << 63) - 4096}
     root = machine(tmp_path, {"proc/self/cgroup": "4:memory:/\n", **limit})

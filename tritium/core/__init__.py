@@ -38,9 +38,8 @@ from tritium.core.stages import (
 
 __all__ = [
     "AHEAD", "MOST_ENDS", "PAGE_TOKENS", "PROMPT_LOGITS", "SHORT_ROW", "AnswerRules", "CacheCall", "CacheFileError",
-    "CapacityError",
-    "CheckpointError", "ConfigError", "Constrain", "Constraint", "EngineDeadError", "EngineStats", "Event",
-    "FinishReason", "Request", "RequestError", "RowPlan", "RowResult", "SamplingParams", "Site", "StateMove",
+    "CapacityError", "CheckpointError", "ConfigError", "Constrain", "Constraint", "EngineDeadError", "EngineStats",
+    "Event", "FinishReason", "Request", "RequestError", "RowPlan", "RowResult", "SamplingParams", "Site", "StateMove",
     "StepPlan", "StepResult", "Timing", "TokenEvent", "TokenLogprob", "ToolCall", "ToolCallDelta", "TritiumError",
     "Usage",
 ]  # fmt: skip

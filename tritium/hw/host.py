@@ -35,8 +35,9 @@ def available_cores(root: Path = Path("/")) -> int:
     for group in _groups(root, "cpu"):
         # CPU time and the period it is for, in microseconds; no number where there is no quota.
         told = text(group / "cpu.max").split() or [text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-        if all(number.isdecimal() for number in told):
-            cores = min(cores, int(told[0]) // int(told[1]))
+        quota, period = (int(number) if number.isdecimal() else 0 for number in told)
+        if quota and period:
+            cores = min(cores, quota // period)
     return max(1, cores)
 
 

@@ -371,8 +371,9 @@ def _long_rows(q_TND: torch.Tensor, gate_TND: torch.Tensor, k_pages: torch.Tenso
     found = _parameters("attention.prefill", q_TND, groups=k_pages.shape[1], head_dim=q_TND.shape[2])
     size, table = found["M"], spans.table
     tiles_2X = spans.cached(f"attention_tiles_{size}", lambda spans: _query_tiles(spans, size))
-    tiles, dim = tiles_2X.shape[1], q_TND.shape[2]
+    tiles = tiles_2X.shape[1]
     rows: Any = (k_pages, v_pages)
+    dim = q_TND.shape[2]
     found["BULK"] *= dim == constants["BLOCK_D"]  # a block of the copy engine is as wide as a power of 2
     if found["BULK"]:
         from triton.tools.tensor_descriptor import TensorDescriptor
